@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+# Everything runs in .venv, made on first use. Repeats are instant: a stamp file remembers what was installed.
+#
+#   PYTHON=python3.12      another interpreter for the environment
+#   PIP_FLAGS="..."        extra flags for pip, such as an index with CPU builds of torch
+#   WORKERS=4              parallel test processes (default: the number of CPUs, at most 8)
+
+PYTHON    ?= python3
+PIP_FLAGS ?=
+CPUS      := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
+WORKERS   ?= $(shell n=$(CPUS); [ $$n -gt 8 ] && n=8; echo $$n)
+THREADS   := $(shell t=$$(( $(CPUS) / $(WORKERS) )); [ $$t -lt 1 ] && t=1; echo $$t)
+
+VENV  := .venv
+BIN   := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEPS  := $(VENV)/.dependencies
+PIP   := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS)
+
+NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+
+export HF_HUB_OFFLINE = 1
+export TOKENIZERS_PARALLELISM = false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test lint unit train-tiny clean distclean
+
+help: ## this list
+	@echo "GlimpseEngine: make targets"
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+
+venv: $(STAMP) ## make .venv, install the dependencies, build csrc
+
+demo: $(STAMP) ## answer questions about the sample pictures, unpruned and pruned; pictures go to demo_out/
+	$(BIN)/python -m glimpse_lab.demo --out demo_out
+
+test: lint unit ## ruff, mypy and all tests
+
+lint: $(STAMP) ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+unit: $(STAMP) ## all tests (PYTEST="..." passes flags on)
+	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
+
+train-tiny: $(STAMP) ## reproduce models/tiny from nothing (hours on two cores, minutes on a GPU)
+	$(PIP) --constraint $(VENV)/constraints.txt tqdm
+	$(BIN)/python -m glimpse_lab.train
+
+clean: ## remove build results and caches, keep .venv
+	rm -rf build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info $(STAMP)
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## clean, and remove .venv
+	rm -rf $(VENV)
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "make: $(PYTHON) is missing or older than 3.10; install Python >= 3.10 or say PYTHON=..." >&2; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "make: this Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Builds of torch with CUDA ask for one exact triton of their own, so torch comes before, and without, our pin of it.
+# Build tools are pinned too: the package is built in this environment instead of an isolated one.
+$(DEPS): $(BIN)/python constraints.txt
+	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) --constraint $(VENV)/constraints.txt torch scikit-build-core pybind11 cmake ninja
+	@touch $@
+
+$(STAMP): $(DEPS) pyproject.toml $(NATIVE)
+	CMAKE_BUILD_PARALLEL_LEVEL=$(CPUS) $(PIP) --constraint $(VENV)/constraints.txt \
+	  --no-build-isolation --editable ".[test]"
+	@$(BIN)/python -c 'import glimpse_kernels._C' 2>/dev/null || \
+	  echo "make: csrc was not built (no C++ compiler?): everything runs on the PyTorch definitions, slower" >&2
+	@touch $@

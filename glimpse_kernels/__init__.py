@@ -1,0 +1,46 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Kernels for pruned inference on packed tokens.
+
+Every op is one function here and one folder of the same name: the folder's ``naive.py`` is its definition in plain
+PyTorch, the other files are backends. `explain` tells which backend serves an op on this machine and why.
+
+    from glimpse_kernels import attention                           # the op, dispatched
+    from glimpse_kernels.attention.naive import attention as oracle # its definition
+"""
+
+from __future__ import annotations
+
+from glimpse_kernels.attention import attention
+from glimpse_kernels.compact import compact
+from glimpse_kernels.decode_attention import decode_attention
+from glimpse_kernels.dispatch import UnsupportedError, explain, force_backend, support_table
+from glimpse_kernels.glimpse_scores import glimpse_scores
+from glimpse_kernels.patchify import patchify
+from glimpse_kernels.rms_norm import rms_norm
+from glimpse_kernels.rope import mrope_cos_sin, rope, vision_rotary
+from glimpse_kernels.select_tokens import Selection, select_tokens
+from glimpse_kernels.swiglu import swiglu
+from glimpse_kernels.vip import VipWeights, vip, vip_conditions, vip_rotary
+
+__all__ = [
+    "Selection",
+    "UnsupportedError",
+    "VipWeights",
+    "attention",
+    "compact",
+    "decode_attention",
+    "explain",
+    "force_backend",
+    "glimpse_scores",
+    "mrope_cos_sin",
+    "patchify",
+    "rms_norm",
+    "rope",
+    "select_tokens",
+    "support_table",
+    "swiglu",
+    "vip",
+    "vip_conditions",
+    "vip_rotary",
+    "vision_rotary",
+]

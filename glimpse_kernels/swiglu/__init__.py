@@ -1,0 +1,34 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The gated activation of the MLPs."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from glimpse_kernels import _tensors as check
+from glimpse_kernels import dispatch
+
+__all__ = ["swiglu"]
+
+
+def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """silu(gate) * up, element by element (Shazeer, arXiv:2002.05202, section 2).
+
+    gate, up: [T, I], float32 or bfloat16 (the definition takes float16 too), both of one dtype; last dimension contiguous,
+        row stride free, so that both may be halves of one fused GEMM output. out: [T, I] of their dtype; may be gate or up.
+
+    Returns out. Computed in fp32 and rounded once.
+
+    Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
+    """
+    op = "swiglu"
+    check.expect_shape(op, "gate", gate, (None, None), "[T, I]")
+    check.expect_shape(op, "up", up, gate.shape, "[T, I]")
+    check.expect_dtype(op, "up", up, gate.dtype)
+    if out is not None:
+        check.expect_shape(op, "out", out, gate.shape, "[T, I]")
+        check.expect_dtype(op, "out", out, gate.dtype)
+    check.expect_last_contiguous(op, gate=gate, up=up, out=out)
+    check.expect_same_device(op, gate.device, up=up, out=out)
+    serve = dispatch.select(op, gate.device, gate.dtype, grad=check.needs_grad(gate, up))
+    return serve(gate, up, out=out)

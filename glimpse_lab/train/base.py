@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base training: a Qwen2.5-VL learns to answer questions about drawn pictures.
+
+Loss: cross-entropy of the answers; plus two training aids that vanish with the run: linear read-outs of each image token (the vision
+tower learns from every cell, not only from those asked about), and pointing, the cross-entropy of one attention head at two
+layers against the cells that answer (the whole answer's at the glimpse layer, the next token's two layers later).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from glimpse_lab.tokens import build_tokenizer
+from glimpse_lab.train import checkpoint
+from glimpse_lab.train.config import BaseRun, ModelShape, Stage
+from glimpse_lab.train.data import TASK_NAMES, Batch, Encoder, Schedule, batch_count, make_batch
+from glimpse_lab.train.model import CellHeads, Forward, Output, new_model, pointing_loss
+from glimpse_lab.train.optim import make_optimizers, set_rate, wsd
+from glimpse_lab.world import HELD_OUT_SEED
+
+VALIDATION_SEED = HELD_OUT_SEED
+"""Held-out seeds looked at during training; the final evaluation uses others."""
+
+
+class BaseTrainer:
+    """State of a base run. Everything that influences the next step is in ``state_dict``."""
+
+    def __init__(self, shape: ModelShape, run: BaseRun, device: torch.device, compiled: bool = False) -> None:
+        self.shape, self.run, self.device = shape, run, device
+        self.tokenizer = build_tokenizer()
+        self.encoder = Encoder(self.tokenizer)
+        self.prefix_ids = (self.encoder.prefix, self.encoder.vision_end_id)
+        self.model: Qwen2_5_VLForConditionalGeneration = new_model(shape, self.tokenizer, run.seed).to(device)
+        self.heads = CellHeads(shape.hidden).to(device)
+        self.forward = Forward(self.model, torch.bfloat16, compiled)
+        self.optimizers = make_optimizers([self.model, self.heads], run.muon_lr, run.adam_lr, run.weight_decay)
+        self.step = 0
+
+    @property
+    def total(self) -> int:
+        return sum(stage.steps for stage in self.run.stages)
+
+    def losses(self, batch: Batch) -> tuple[Tensor, dict[str, float], Output]:
+        out = self.forward(batch, self.prefix_ids)
+        answer = F.cross_entropy(out.logits, out.labels)
+        first, second = (out.qkv[i] for i in self.run.point_layers)
+        region = pointing_loss(first[0], first[1], batch.region, 0)
+        evidence = pointing_loss(second[0], second[1], batch.evidence, 0)
+        cells = self.heads(out.image_embeds, batch.cells)
+        loss = answer + self.run.point_weight * (region + evidence) + self.run.cell_weight * cells
+        parts = {"answer": answer, "region": region, "evidence": evidence, "cells": cells}
+        return loss, {k: v.item() for k, v in parts.items()}, out
+
+    def train_step(self, batch: Batch) -> dict[str, float]:
+        set_rate(self.optimizers, wsd(self.step, self.total, self.run.warmup, self.run.decay_steps))
+        loss, parts, _ = self.losses(batch)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        self.step += 1
+        return parts
+
+    def schedule(self) -> Schedule:
+        stages = [(s.steps, s.sizes) for s in self.run.stages]
+        run = self.run
+        return Schedule(self.tokenizer, run.seed, stages, run.tokens, run.text_length, run.short_until)
+
+    def state_dict(self) -> dict:
+        return {
+            "step": self.step,
+            "model": self.model.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizers": [o.state_dict() for o in self.optimizers],
+        }
+
+    def load_state_dict(self, state: dict) -> None:
+        self.step = state["step"]
+        self.model.load_state_dict(state["model"])
+        self.heads.load_state_dict(state["heads"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+
+
+def right_blocks(logits: Tensor, labels: Tensor, where: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Which questions are answered exactly, and their tasks.
+
+    All answer tokens and the end right given the right ones before is the same as the greedy answer being right.
+    """
+    owner = where[0] * 1000 + batch.block[where[0], where[1]]
+    groups, inverse = owner.unique(return_inverse=True)
+    wrong = torch.zeros(len(groups), dtype=torch.long, device=owner.device)
+    wrong.index_add_(0, inverse, (logits.argmax(-1) != labels).long())
+    task = torch.zeros_like(wrong)
+    task[inverse] = batch.task[where[0], where[1]]
+    return wrong == 0, task
+
+
+@torch.no_grad()
+def validate(
+    forward: Callable[[Batch], Output], encoder: Encoder, sizes: list[tuple[int, int]], pictures: int, device: torch.device
+) -> dict[str, float]:
+    """Exact-answer share per task and per size, on held-out pictures, each question alone with its picture."""
+    hits: dict[str, list[int]] = {}
+    for i, (height, width) in enumerate(sizes):
+        for first in range(0, pictures, 16):
+            seed = VALIDATION_SEED + i * 100_000 + first
+            batch = make_batch(encoder, seed, min(16, pictures - first), height, width, 256).to(device)
+            out = forward(batch)
+            right, task = right_blocks(out.logits, out.labels, out.where, batch)
+            for ok, t in zip(right.tolist(), task.tolist(), strict=True):
+                names = [TASK_NAMES[t]]
+                if TASK_NAMES[t] != "caption":
+                    names += ["all", f"{height}x{width}"]
+                for name in names:
+                    hits.setdefault(name, []).append(ok)
+    return {name: sum(v) / len(v) for name, v in hits.items()}
+
+
+def format_scores(scores: dict[str, float]) -> str:
+    return " ".join(f"{k}={100 * v:.1f}" for k, v in scores.items())
+
+
+def train_base(
+    shape: ModelShape, run: BaseRun, folder: Path, device: torch.device, *, compiled: bool = False, workers: int = 1
+) -> BaseTrainer:
+    """Trains or resumes in ``folder`` (``base.pt``, ``base.log``); returns the trainer at its last step."""
+    torch.set_num_threads(max(1, torch.get_num_threads()))
+    trainer = BaseTrainer(shape, run, device, compiled)
+    path = folder / "base.pt"
+    if (state := checkpoint.load(path)) is not None:
+        trainer.load_state_dict(state)
+    schedule = trainer.schedule()
+    loader = torch.utils.data.DataLoader(
+        schedule, batch_size=None, sampler=range(trainer.step, trainer.total), num_workers=workers,
+        prefetch_factor=4 if workers else None,
+    )  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    log = (folder / "base.log").open("a")
+    bar = tqdm(total=trainer.total, initial=trainer.step, desc="base", mininterval=5)
+    mean: dict[str, float] = {}
+    started = time.monotonic()
+    for batch in loader:
+        parts = trainer.train_step(batch.to(device))
+        mean = {k: 0.97 * mean.get(k, v) + 0.03 * v for k, v in parts.items()}
+        bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
+        bar.update()
+        if trainer.step % 20 == 0:
+            shown = " ".join(f"{k}={v:.3f}" for k, v in mean.items())
+            print(f"step {trainer.step} {shown} t={time.monotonic() - started:.0f}", file=log, flush=True)
+        if trainer.step % run.save_every == 0 or trainer.step == trainer.total:
+            checkpoint.save(path, trainer.state_dict())
+        if trainer.step % run.eval_every == 0 or trainer.step == trainer.total:
+            sizes = sorted(run.stages[0].sizes if trainer.step < run.stages[0].steps else run.stages[-1].sizes)
+            if run.eval_batches and trainer.step != trainer.total:
+                sizes = sizes[:: max(1, len(sizes) // run.eval_batches)]
+            scores = validate(
+                lambda b: trainer.forward(b, trainer.prefix_ids), trainer.encoder, sizes, 16, device
+            )
+            print(f"eval {trainer.step} {format_scores(scores)}", file=log, flush=True)
+    bar.close()
+    log.close()
+    return trainer
+
+
+def tiny_run() -> tuple[ModelShape, BaseRun]:
+    """Settings small enough for a test: two text layers' worth of seconds, not a useful model."""
+    shape = ModelShape(hidden=64, layers=4, heads=2, kv_heads=1, mlp=96, vision_hidden=64, vision_layers=4, vision_heads=2,
+                       vision_mlp=64, reduce_layer=1, fuse_size=32, cond_size=32)  # fmt: skip
+    run = BaseRun(tokens=900, text_length=96, point_layers=(1, 2), warmup=2, decay_steps=2, save_every=2, eval_every=10**9)
+    return shape, replace(run, stages=(Stage(6, {(168, 168): 1.0}),))

@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders and hub ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from glimpse_runtime.errors import CheckpointError
+
+
+def resolve_folder(name: str | Path, *required: str, patterns: tuple[str, ...] = ()) -> Path:
+    """The local folder of a checkpoint: `name` itself, or the snapshot of a hub id (`owner/name`).
+
+    Raises:
+        CheckpointError: nothing is there, or one of the `required` files is missing.
+    """
+    path = Path(name).expanduser()
+    if not path.is_dir():
+        text = str(name)
+        if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+            raise CheckpointError(f"{name}: expected a folder with {', '.join(required)}, found none")
+        path = _snapshot(text, (*required, *patterns))
+    missing = [file for file in required if not (path / file).is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: expected {', '.join(required)}, missing {', '.join(missing)}")
+    return path
+
+
+def _snapshot(repo: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repo, allow_patterns=list(patterns)))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise CheckpointError(f"{repo}: no such folder, and the hub gave nothing for this id ({error})") from error

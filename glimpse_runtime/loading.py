@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Base models: from Hugging Face files, or from a Hugging Face model that is already loaded."""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import GenerationConfig
+from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
+
+from glimpse_runtime.errors import CheckpointError
+from glimpse_runtime.hub import resolve_folder
+from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
+from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder
+from glimpse_runtime.models.qwen2_5_vl.vision import VisionTower
+from glimpse_runtime.models.qwen2_5_vl.weights import WeightReader, read_decoder, read_vision
+
+DTYPES = (torch.float32, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """A loaded base: config, weights, and the generation defaults that came with it."""
+
+    config: ModelConfig
+    vision: VisionTower
+    decoder: Decoder
+    generation_config: GenerationConfig
+
+
+def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.device) -> BaseModel:
+    """Read `config.json` and the safetensors files of a folder or hub id.
+
+    Args:
+        dtype: `torch.float32`, `torch.bfloat16`, or "auto" for the checkpoint's own.
+
+    Raises:
+        CheckpointError: another model family, missing or left-over keys, or wrong shapes.
+    """
+    path = resolve_folder(name, "config.json", patterns=("*.safetensors", "*.json"))
+    raw = json.loads((path / "config.json").read_text())
+    if raw.get("model_type") != "qwen2_5_vl":
+        raise CheckpointError(f"{path}: expected model_type 'qwen2_5_vl', found {raw.get('model_type')!r}")
+    hf_config = Qwen2_5_VLConfig.from_pretrained(path)
+    config = ModelConfig.from_hf(hf_config)
+    wanted = check_dtype(raw.get("dtype", raw.get("torch_dtype", "float32")) if dtype == "auto" else dtype)
+    with ExitStack() as stack:
+        files = {}
+        for file in _weight_files(path):
+            try:
+                opened = stack.enter_context(safe_open(file, framework="pt", device="cpu"))
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(f"{file}: expected a safetensors file: {error}") from error
+            files.update({key: opened for key in opened.keys()})
+
+        def read(key: str) -> torch.Tensor:
+            return files[key].get_tensor(key).to(dtype=wanted, device=device)
+
+        return _build(WeightReader(files.keys(), read, fuse=True), config, _generation_config(path, hf_config))
+
+
+def share_base(hf_model: Any) -> BaseModel:
+    """Use the weights of a loaded `Qwen2_5_VLForConditionalGeneration` where they are; nothing is copied.
+
+    Raises:
+        CheckpointError: the model is of another family, lies on several devices, or has a dtype without kernels.
+    """
+    config = ModelConfig.from_hf(hf_model.config)
+    tensors = {name: p.detach() for name, p in hf_model.named_parameters()}
+    places = {(p.device, p.dtype) for p in tensors.values()}
+    if len(places) != 1:
+        found = sorted(f"{device}/{dtype}" for device, dtype in places)
+        raise CheckpointError(f"expected all weights on one device and of one dtype, found {found}")
+    check_dtype(next(iter(places))[1])
+    reader = WeightReader(tensors.keys(), tensors.__getitem__, fuse=False)
+    return _build(reader, config, hf_model.generation_config)
+
+
+def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
+    """`dtype` as a torch dtype for which there are kernels."""
+    found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
+    if found not in DTYPES:
+        known = ", ".join(str(d).removeprefix("torch.") for d in DTYPES)
+        raise CheckpointError(f"dtype: expected one of {known} or 'auto', found {dtype!r}")
+    return found
+
+
+def _build(reader: WeightReader, config: ModelConfig, generation_config: GenerationConfig) -> BaseModel:
+    vision, decoder = read_vision(reader, config), read_decoder(reader, config)
+    reader.finish()
+    return BaseModel(config, vision, decoder, generation_config)
+
+
+def _weight_files(path: Path) -> list[Path]:
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    missing = [name for name in names if not (path / name).is_file()]
+    if missing:
+        raise CheckpointError(f"{path}: expected the weight files {names}, missing {missing}")
+    return [path / name for name in names]
+
+
+def _generation_config(path: Path, hf_config: Qwen2_5_VLConfig) -> GenerationConfig:
+    if (path / "generation_config.json").is_file():
+        return GenerationConfig.from_pretrained(path)
+    return GenerationConfig.from_model_config(hf_config)

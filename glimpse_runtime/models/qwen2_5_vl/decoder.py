@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Qwen2.5-VL decoder on packed rows, one sublayer at a time.
+
+The caller owns order and memory (prefill, decode); this file knows what a layer computes. The residual stream is kept
+as the pair (`hidden`, `delta`): the last sublayer's output is added by the next norm, in one pass over memory.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from glimpse_kernels import mrope_cos_sin, rms_norm, swiglu
+from glimpse_runtime.models.qwen2_5_vl.config import TextConfig
+from glimpse_runtime.models.qwen2_5_vl.linear import Linear, LinearGroup
+
+
+@dataclass(frozen=True)
+class DecoderLayer:
+    """Weights of one layer; `qkv` holds the query, key and value projections in this order."""
+
+    input_norm: torch.Tensor
+    qkv: LinearGroup
+    o_proj: Linear
+    post_norm: torch.Tensor
+    gate_up: LinearGroup
+    down: Linear
+
+
+@dataclass
+class Stream:
+    """Rows on their way through the decoder.
+
+    Attributes:
+        hidden: `[T, width]` residual stream, updated in place.
+        delta: `[T, width]` output of the last sublayer, not yet added to `hidden`; None before the first one.
+        cos, sin: `[T, head_dim / 2]` fp32 rotary tables of the rows.
+    """
+
+    hidden: torch.Tensor
+    delta: torch.Tensor | None
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """Token embedding, layers, final norm and output head."""
+
+    config: TextConfig
+    embed: torch.Tensor
+    layers: tuple[DecoderLayer, ...]
+    norm: torch.Tensor
+    lm_head: torch.Tensor
+    inv_freq: torch.Tensor
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.embed.device
+
+    def rotary(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """cos and sin `[T, head_dim / 2]` of `positions [3, T]`."""
+        return mrope_cos_sin(positions, self.inv_freq, self.config.mrope_section)
+
+    def normed(self, stream: Stream, weight: torch.Tensor) -> torch.Tensor:
+        """Complete the residual stream and norm it: `[T, width]`."""
+        if stream.delta is None:
+            return rms_norm(stream.hidden, weight, self.config.eps)
+        delta, stream.delta = stream.delta, None
+        return rms_norm(delta, weight, self.config.eps, residual=stream.hidden)
+
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """`[T, heads * head_dim]` → `[T, heads, head_dim]`, a view."""
+        return x.unflatten(-1, (-1, self.config.head_dim))
+
+    def finish_layer(self, layer: DecoderLayer, stream: Stream, attended: torch.Tensor) -> None:
+        """Output projection and MLP of the rows in `stream`; `attended [T, Hq, D]`."""
+        stream.delta = layer.o_proj(attended.flatten(1))
+        gate, up = layer.gate_up(self.normed(stream, layer.post_norm))
+        stream.delta = layer.down(swiglu(gate, up))
+
+    def logits(self, stream: Stream) -> torch.Tensor:
+        """`[T, vocabulary]` in the model's dtype."""
+        return F.linear(self.normed(stream, self.norm), self.lm_head)

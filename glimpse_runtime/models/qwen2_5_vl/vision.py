@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Qwen2.5-VL vision tower on packed patches (Qwen2.5-VL report, arXiv 2502.13923, section 2.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from glimpse_kernels import attention, rms_norm, rope, swiglu
+from glimpse_runtime.models.qwen2_5_vl.config import VisionConfig
+from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
+from glimpse_runtime.models.qwen2_5_vl.linear import Linear, LinearGroup
+
+
+@dataclass(frozen=True)
+class VisionBlock:
+    """Weights of one block."""
+
+    norm1: torch.Tensor
+    qkv: Linear
+    proj: Linear
+    norm2: torch.Tensor
+    gate_up: LinearGroup
+    down: Linear
+
+
+@dataclass(frozen=True)
+class VisionOutput:
+    """What the tower gives.
+
+    Attributes:
+        embeds: `[N, text width]` visual tokens for the decoder, raster order.
+        taps: block number → `[N, vision width]`, the block's output averaged over each merge group, raster order.
+    """
+
+    embeds: torch.Tensor
+    taps: dict[int, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class VisionTower:
+    """Vision transformer with window attention, full in `config.full_attention_blocks`."""
+
+    config: VisionConfig
+    patch_embed: Linear
+    blocks: tuple[VisionBlock, ...]
+    merger_norm: torch.Tensor
+    merger_in: Linear
+    merger_out: Linear
+
+    def __call__(self, pixel_values: torch.Tensor, layout: VisionLayout, taps: Iterable[int] = ()) -> VisionOutput:
+        """Encode `pixel_values [P, patch_dim]` (any float dtype, processor order).
+
+        `taps` names the blocks whose pooled output is wanted.
+        """
+        wanted = frozenset(taps)
+        found: dict[int, torch.Tensor] = {}
+        config = self.config
+        hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        hidden = hidden.index_select(0, layout.patch_order)
+        delta: torch.Tensor | None = None
+        for number, block in enumerate(self.blocks):
+            x = rms_norm(hidden if delta is None else delta, block.norm1, config.eps, residual=_after(hidden, delta))
+            if number - 1 in wanted:  # the norm has just completed the stream of the block before
+                found[number - 1] = self._pool(hidden, layout)
+            cu = layout.cu_frames if number in config.full_attention_blocks else layout.cu_windows
+            delta = block.proj(self._attend(block, x, layout, cu))
+            x = rms_norm(delta, block.norm2, config.eps, residual=hidden)
+            gate, up = block.gate_up(x)
+            delta = block.down(swiglu(gate, up))
+        x = rms_norm(hidden if delta is None else delta, self.merger_norm, config.eps, residual=_after(hidden, delta))
+        if len(self.blocks) - 1 in wanted:
+            found[len(self.blocks) - 1] = self._pool(hidden, layout)
+        merged = self.merger_out(F.gelu(self.merger_in(x.view(-1, x.shape[-1] * config.merge_unit))))
+        return VisionOutput(merged.index_select(0, layout.token_rank), found)
+
+    def _attend(self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, cu: torch.Tensor) -> torch.Tensor:
+        config = self.config
+        q, k, v = block.qkv(x).view(-1, 3, config.num_heads, config.head_dim).unbind(1)
+        rope(q, k, layout.cos, layout.sin)
+        return attention(q, k, v, cu, cu, causal=False).view(-1, config.hidden_size)
+
+    def _pool(self, hidden: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
+        pooled = hidden.view(-1, self.config.merge_unit, hidden.shape[-1]).mean(dim=1)
+        return pooled.index_select(0, layout.token_rank)
+
+
+def _after(hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor | None:
+    return None if delta is None else hidden

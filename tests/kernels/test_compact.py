@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""compact: exact copies against a loop, nothing written that was not asked for."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from glimpse_kernels import compact
+
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def bits(t: Tensor) -> Tensor:
+    """Raw bits, so that NaN equals NaN."""
+    width = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()]
+    return t.contiguous().view(width)
+
+
+def ints(x: list[int]) -> Tensor:
+    return torch.tensor(x, dtype=torch.int32)
+
+
+def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    t = torch.randn(*shape, generator=generator)
+    return t.to(dtype) if dtype.is_floating_point else (t * 1000).to(dtype)
+
+
+def loop(index: Tensor, slots: Tensor | None, pairs: list[tuple[Tensor, Tensor]], rows: list[tuple[Tensor, Tensor]]) -> None:
+    for i, row in enumerate(index.tolist()):
+        if row < 0:
+            continue
+        for src, dst in rows:
+            dst[i] = src[row]
+        if slots is not None and slots[i] >= 0:
+            for src, dst in pairs:
+                for layer in range(src.shape[0]):
+                    dst[layer, slots[i]] = src[layer, row]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    t = draw(st.integers(0, 20))
+    m = draw(st.integers(0, t + 3))
+    index = [draw(st.integers(-1, t - 1)) for _ in range(m)]
+    size = m + draw(st.integers(0, 5))
+    slots = draw(st.permutations(range(size)))[:m]
+    slots = [-1 if draw(st.integers(0, 5)) == 0 else s for s in slots]
+    return {"t": t, "index": index, "slots": slots, "size": size, "layers": draw(st.integers(0, 4))}
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=cases(), heads=st.integers(1, 3), d=st.sampled_from([1, 7, 32, 80]), dv=st.sampled_from([3, 64]))
+def test_against_a_loop(backend: str, dtype: torch.dtype, case: dict[str, Any], heads: int, d: int, dv: int) -> None:
+    g = torch.Generator().manual_seed(0)
+    t, size, layers = case["t"], case["size"], case["layers"]
+    index, slots = ints(case["index"]), ints(case["slots"])
+    k_src, v_src = (random(g, layers, t, heads, x, dtype=dtype) for x in (d, dv))
+    k_dst, v_dst = (torch.full((layers, size, heads, x), torch.nan, dtype=dtype) for x in (d, dv))
+    rows = [
+        (random(g, t, 5, dtype=dtype), torch.full((len(index) + 2, 5), torch.nan, dtype=dtype)),
+        (random(g, t, 3, dtype=torch.int64), torch.full((len(index), 3), -7)),
+        (random(g, t, dtype=torch.int32), torch.full((len(index),), -7, dtype=torch.int32)),
+        (random(g, t, 2, 2) > 0, torch.zeros(len(index), 2, 2, dtype=torch.bool)),
+    ]
+    want_kv = [(k_src, k_dst.clone()), (v_src, v_dst.clone())]
+    want_rows = [(src, dst.clone()) for src, dst in rows]
+    loop(index, slots, want_kv, want_rows)
+    compact(index, slots, k_src, v_src, k_dst, v_dst, rows)
+    for (_, want), got in zip(want_kv, (k_dst, v_dst), strict=True):
+        assert torch.equal(bits(want), bits(got))
+    for (_, want), (_, got) in zip(want_rows, rows, strict=True):
+        assert torch.equal(bits(want), bits(got))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_strided_views(backend: str, dtype: torch.dtype) -> None:
+    """The first layers of a pool, a workspace that is longer than its content, positions stored as [3, T]."""
+    g = torch.Generator().manual_seed(1)
+    layers, t, heads, d = 3, 50, 2, 16
+    workspace = random(g, 2, layers, 64, heads, d, dtype=dtype)  # k and v in one buffer
+    workspace[:, :, t:] = torch.nan
+    pool = torch.full((2, 5, 40, heads, d), torch.nan, dtype=dtype)
+    before = pool.clone()
+    positions = torch.arange(3 * t).view(3, t)
+    hidden = random(g, t, 2 * 24, dtype=dtype)[:, 24:]
+    index = ints([0, 3, 4, 11, 30, 49, -1, -1])
+    slots = ints([8, 9, 39, 0, 1, 2, 3, 4])
+    positions_out = torch.full((3, 8), -1)
+    hidden_out = torch.full((8, 24), torch.nan, dtype=dtype)
+    compact(
+        index,
+        slots,
+        workspace[0, :, :t],
+        workspace[1, :, :t],
+        pool[0, :layers],
+        pool[1, :layers],
+        [(positions.t(), positions_out.t()), (hidden, hidden_out)],
+    )
+    kept, places = index[:6].long(), slots[:6].long()
+    for i in range(2):
+        assert torch.equal(bits(pool[i, :layers, places]), bits(workspace[i, :, kept]))
+        untouched = [s for s in range(40) if s not in places.tolist()]
+        assert torch.equal(bits(pool[i, :, untouched]), bits(before[i, :, untouched]))
+        assert torch.equal(bits(pool[i, layers:]), bits(before[i, layers:]))
+    assert torch.equal(positions_out[:, :6], positions[:, kept]) and (positions_out[:, 6:] == -1).all()
+    assert torch.equal(bits(hidden_out[:6]), bits(hidden[kept])) and hidden_out[6:].isnan().all()
+
+
+def test_large_enough_for_threads(backend: str) -> None:
+    g = torch.Generator().manual_seed(2)
+    k = random(g, 5, 1500, 2, 64, dtype=torch.bfloat16)
+    v = random(g, 5, 1500, 2, 64, dtype=torch.bfloat16)
+    index = torch.arange(0, 1500, 2, dtype=torch.int32)
+    slots = torch.randperm(800, generator=g)[:750].int()
+    k_dst, v_dst = (torch.zeros(5, 800, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    compact(index, slots, k, v, k_dst, v_dst, [])
+    assert torch.equal(k_dst[:, slots.long()], k[:, ::2]) and torch.equal(v_dst[:, slots.long()], v[:, ::2])
+
+
+def test_rows_or_keys_only(backend: str) -> None:
+    src, dst = torch.arange(6.0).view(3, 2), torch.zeros(2, 2)
+    compact(ints([2, 0]), None, None, None, None, None, [(src, dst)])
+    assert dst.tolist() == [[4.0, 5.0], [0.0, 1.0]]
+    k, out = torch.arange(6.0).view(1, 3, 1, 2), torch.zeros(1, 4, 1, 2)
+    compact(ints([1]), ints([3]), k, None, out, None, [])
+    assert out.flatten().tolist() == [0, 0, 0, 0, 0, 0, 2.0, 3.0]
+
+
+def test_bad_arguments() -> None:
+    buffer = torch.zeros(1, 8, 1, 4)
+    index = ints([0])
+    with pytest.raises(ValueError, match=r"k_dst.*overlap"):
+        compact(index, index, buffer[:, :5], None, buffer[:, 4:], None, [])
+    with pytest.raises(ValueError, match="overlap"):
+        compact(index, None, None, None, None, None, [(buffer[0], buffer[0])])
+    with pytest.raises(ValueError, match="slots"):
+        compact(index, None, buffer, None, buffer.clone(), None, [])
+    with pytest.raises(ValueError, match="together"):
+        compact(index, index, buffer, None, None, None, [])
+    with pytest.raises(TypeError, match="k_dst"):
+        compact(index, index, buffer, None, buffer.bfloat16(), None, [])
+    with pytest.raises(TypeError, match="index"):
+        compact(index.long(), index, buffer, None, buffer.clone(), None, [])
+    with pytest.raises(ValueError, match=r"rows\[0\]"):
+        compact(index, None, None, None, None, None, [(torch.zeros(3, 2), torch.zeros(1, 3))])

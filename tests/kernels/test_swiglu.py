@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""swiglu against double precision, by the rule: no more than twice the error of torch in the same dtype."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glimpse_kernels import swiglu
+
+SHAPES = [(0, 4), (1, 1), (1, 4096), (3, 17), (5, 80), (7, 129), (33, 1712)]
+
+
+def data(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    g = torch.Generator().manual_seed(shape[1])
+    return (torch.randn(shape[0], 2 * shape[1], generator=g) * 4).to(dtype)
+
+
+def close(got: Tensor, gate: Tensor, up: Tensor) -> None:
+    truth = F.silu(gate.double()) * up.double()
+    theirs = F.silu(gate) * up
+    assert got.dtype == gate.dtype and got.shape == gate.shape and not got.isnan().any()
+    error, noise = (got.double() - truth).abs(), (theirs.double() - truth).abs()
+    floor = truth.abs() * (1e-6 if gate.dtype == torch.float32 else 2**-8) + 1e-30
+    assert (error <= 2 * noise + floor).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_shapes(backend: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    fused = data(shape, dtype)
+    gate, up = fused.chunk(2, dim=-1)  # the two halves of one GEMM
+    close(swiglu(gate, up), gate, up)
+    gate, up = gate.contiguous(), up.contiguous()
+    out = torch.full_like(gate, torch.nan)
+    assert swiglu(gate, up, out=out).data_ptr() == out.data_ptr()
+    close(out, gate, up)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_in_place_and_neighbours(backend: str, dtype: torch.dtype) -> None:
+    fused = data((6, 50), dtype)
+    want = swiglu(fused[:, :50], fused[:, 50:])
+    for half in (slice(0, 50), slice(50, 100)):
+        twin = fused.clone()
+        got = swiglu(twin[:, :50], twin[:, 50:], out=twin[:, half])
+        assert torch.equal(got, want)
+        other = slice(50, 100) if half.start == 0 else slice(0, 50)
+        assert torch.equal(twin[:, other], fused[:, other])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extremes(backend: str, dtype: torch.dtype) -> None:
+    gate = torch.tensor([[-1e30, -200.0, -100.0, -88.0, -0.0, 0.0, 88.0, 100.0, 1e30, torch.inf]], dtype=dtype)
+    up = torch.full_like(gate, 2.0)
+    got, theirs = swiglu(gate, up), F.silu(gate.float()) * up.float()
+    assert torch.allclose(got.float(), theirs, rtol=2**-7, atol=1e-36)
+    assert swiglu(torch.full((1, 20), torch.nan, dtype=dtype), torch.ones(1, 20, dtype=dtype)).isnan().all()
+
+
+def test_dense_sweep(backend: str) -> None:
+    gate = torch.linspace(-90, 90, 100_001)[None]
+    close(swiglu(gate, torch.ones_like(gate)), gate, torch.ones_like(gate))
+
+
+def test_gradient() -> None:
+    gate = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    up = torch.ones(3, 5)
+    swiglu(gate, up).sum().backward()
+    twin = gate.detach().clone().requires_grad_()
+    F.silu(twin).sum().backward()
+    assert torch.allclose(gate.grad, twin.grad, atol=1e-6)
+
+
+def test_bad_arguments() -> None:
+    x = torch.zeros(3, 4)
+    with pytest.raises(ValueError, match="up"):
+        swiglu(x, x[:, :2])
+    with pytest.raises(TypeError, match="up"):
+        swiglu(x, x.bfloat16())
+    with pytest.raises(ValueError, match="contiguous"):
+        swiglu(torch.zeros(4, 3).t(), x)
+    with pytest.raises(TypeError, match="float64"):
+        swiglu(x.double(), x.double())
