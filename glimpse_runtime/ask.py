@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from glimpse_runtime.errors import CheckpointError, GlimpseError
-from glimpse_runtime.generate import GlimpseModel
+from glimpse_runtime.model import GlimpseModel
 from glimpse_runtime.processor import Processor
 
 DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -23,7 +23,7 @@ def shipped_model() -> tuple[Path, Path]:
     Raises:
         CheckpointError: this installation is not a checkout of the repository.
     """
-    roots = (Path.cwd(), Path(__file__).resolve().parents[1])
+    roots = list(dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1])))
     for root in roots:
         base, modules = root / "models" / "tiny" / "base", root / "models" / "tiny" / "glimpse"
         if (base / "config.json").is_file() and (modules / "config.json").is_file():
@@ -43,7 +43,7 @@ class Answer:
         ids: the new tokens.
         kept, total: visual tokens that stayed, of all there were; equal when nothing was pruned.
         seconds: time of each phase; "ttft" is the time to the first token.
-        pruning: one object for each picture (``keep``, ``logits``, ``grid``), empty when nothing was pruned.
+        pruning: one `PicturePruning` for each picture, empty when nothing was pruned.
     """
 
     text: str

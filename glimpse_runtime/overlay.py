@@ -16,23 +16,7 @@ _DIM = 0.28
 _LEAST_SIDE = 448
 
 
-def kept_grid(keep: torch.Tensor, grid: tuple[int, int, int]) -> torch.Tensor:
-    """The keep mask of one picture as ``[rows, columns]`` bool; frames of a video are united.
-
-    Args:
-        keep: ``[t * h * w]`` bool in raster order.
-        grid: merged grid ``(t, h, w)``.
-    """
-    frames, rows, columns = (int(n) for n in grid)
-    if keep.numel() != frames * rows * columns:
-        raise GlimpseError(
-            f"keep: expected {frames * rows * columns} values for a grid of {frames} x {rows} x {columns}, "
-            f"found {keep.numel()}"
-        )
-    return keep.detach().bool().cpu().view(frames, rows, columns).any(0)
-
-
-def overlay(image: Any, keep: torch.Tensor, grid: tuple[int, int, int]) -> Image.Image:
+def overlay(image: Any, keep: torch.Tensor) -> Image.Image:
     """The picture with kept cells as they are and everything else dimmed.
 
     The vision tower sees the picture stretched to its grid, so cell (r, c) of an h x w grid covers the rectangle
@@ -41,13 +25,17 @@ def overlay(image: Any, keep: torch.Tensor, grid: tuple[int, int, int]) -> Image
 
     Args:
         image: anything `glimpse_runtime.images.to_rgb` takes.
-        keep: ``[t * h * w]`` bool in raster order.
-        grid: merged grid ``(t, h, w)``.
+        keep: ``[h, w]`` bool on the merged grid, such as ``out.pruning[0].keep``.
 
     Returns:
         A new picture in mode RGB.
+
+    Raises:
+        GlimpseError: the mask is not a grid.
     """
-    cells = kept_grid(keep, grid)
+    if keep.ndim != 2 or keep.numel() == 0:
+        raise GlimpseError(f"keep: expected a mask [rows, columns], found shape {list(keep.shape)}")
+    cells = keep.detach().bool().cpu()
     rows, columns = cells.shape
     picture = to_rgb(image)
     scale = max(1, -(-_LEAST_SIDE // min(picture.size)))

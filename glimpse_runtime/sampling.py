@@ -73,7 +73,10 @@ def resolve_config(
         for name, value in given.to_dict().items():
             if value is not None:
                 setattr(config, name, value)
-    rest = config.update(**options)
+    try:
+        rest = config.update(**options)
+    except ValueError as error:  # Hugging Face's own check of the values
+        raise GlimpseError(str(error)) from error
     refused = []
     plain = GenerationConfig().to_dict()
     for name, value in config.to_dict().items():

@@ -10,7 +10,7 @@ from typing import Annotated
 import torch
 import typer
 
-app = typer.Typer(help=__doc__, no_args_is_help=True, add_completion=False)
+app = typer.Typer(no_args_is_help=True, add_completion=False)
 
 Folder = Annotated[Path, typer.Option(help="Where checkpoints and logs go; an existing run there is resumed.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda if there is one).")]
@@ -19,6 +19,11 @@ Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile t
 
 def _device(name: str) -> torch.device:
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+
+
+@app.callback()
+def main() -> None:
+    """Training of the small model."""
 
 
 @app.command()

@@ -1,0 +1,461 @@
+// SPDX-License-Identifier: Apache-2.0
+// The inner part of both attention ops: a block of query rows of one key head against a run of keys, with the online
+// softmax of FlashAttention-2 (Dao, arXiv:2307.08691, section 3.1).
+//
+// Both products have the form C[rows, columns] += A[rows, steps] B[steps, columns] with A read by broadcast and B packed
+// so that its columns are vector lanes. A "cell" is what one lane multiplies in one step: a float, or, where
+// the machine multiplies bf16 pairs, two neighbouring bf16 values. Keys are packed as B[dim][key], values as
+// B[key][v_dim]. Packed tiles are zero past the last key and the last dimension, so nothing outside is ever read.
+#pragma once
+
+#include "cpu/vec.h"
+
+namespace glimpse::GLIMPSE_ISA_NS {
+namespace {
+
+// Row and column vectors of one register tile, and keys of a packed tile.
+#if defined(__AVX512F__)
+constexpr int kTileRows = 6, kTileVectors = 4;
+#else
+constexpr int kTileRows = 6, kTileVectors = 2;
+#endif
+constexpr int kKeys = 64;
+constexpr int kKeyVectors = kKeys / kLanes;
+
+#if defined(__AVX512BF16__)
+constexpr bool kHasPairs = true;
+#else
+constexpr bool kHasPairs = false;
+#endif
+
+template <class T>
+constexpr bool kPairs = false;
+template <>
+constexpr bool kPairs<bf16> = kHasPairs;
+
+template <class T>
+GLIMPSE_INLINE int64_t cells_of(int64_t elements) {
+  return kPairs<T> ? (elements + 1) / 2 : elements;
+}
+
+GLIMPSE_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+// ---- packing -------------------------------------------------------------------------------------------------------
+
+// One vector of cells: elements [element, ...) of a row of `elements`. Past the end: zero.
+template <class T>
+GLIMPSE_INLINE vf load_cells(const T* row, int64_t element, int64_t elements) {
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>) {
+    const int64_t left = elements - element;
+    if (left >= 2 * kLanes) return reinterpret_cast<vf>(_mm512_loadu_si512(row + element));
+    if (left <= 0) return vf{};
+    return reinterpret_cast<vf>(_mm512_maskz_loadu_epi16((1u << left) - 1u, row + element));
+  }
+#endif
+  const int64_t left = elements - element;
+  if (left >= kLanes) return load(row + element);
+  return left <= 0 ? vf{} : load_n(row + element, static_cast<int>(left));
+}
+
+// Lane patterns of one step of the butterfly transpose: blocks of `bit` lanes change places between rows i and i + bit.
+constexpr int low_lane(int lane, int bit) { return lane & bit ? kLanes + (lane ^ bit) : lane; }
+constexpr int high_lane(int lane, int bit) { return lane & bit ? kLanes + lane : lane | bit; }
+
+template <int bit>
+GLIMPSE_INLINE void swap_blocks(vf& a, vf& b) {
+#if defined(__AVX512F__)
+#define GLIMPSE_LANES(f)                                                                                         \
+  {                                                                                                              \
+    f(0, bit), f(1, bit), f(2, bit), f(3, bit), f(4, bit), f(5, bit), f(6, bit), f(7, bit), f(8, bit), f(9, bit), \
+        f(10, bit), f(11, bit), f(12, bit), f(13, bit), f(14, bit), f(15, bit)                                   \
+  }
+#elif defined(__AVX2__)
+#define GLIMPSE_LANES(f) \
+  { f(0, bit), f(1, bit), f(2, bit), f(3, bit), f(4, bit), f(5, bit), f(6, bit), f(7, bit) }
+#else
+#define GLIMPSE_LANES(f) \
+  { f(0, bit), f(1, bit), f(2, bit), f(3, bit) }
+#endif
+#if defined(__clang__)
+  // one pattern a step, spelled as loops: clang's shuffle needs literal indices
+  vf low, high;
+  for (int lane = 0; lane < kLanes; ++lane) {
+    low[lane] = lane & bit ? b[lane ^ bit] : a[lane];
+    high[lane] = lane & bit ? b[lane] : a[lane | bit];
+  }
+#else
+  const vi low_lanes = GLIMPSE_LANES(low_lane), high_lanes = GLIMPSE_LANES(high_lane);
+  const vf low = __builtin_shuffle(a, b, low_lanes), high = __builtin_shuffle(a, b, high_lanes);
+#endif
+#undef GLIMPSE_LANES
+  a = low;
+  b = high;
+}
+
+template <int bit>
+GLIMPSE_INLINE void transpose_step(vf* rows) {
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i)
+    if (!(i & bit)) swap_blocks<bit>(rows[i], rows[i | bit]);
+}
+
+GLIMPSE_INLINE void transpose(vf* rows) {
+  transpose_step<1>(rows);
+  transpose_step<2>(rows);
+  if constexpr (kLanes > 4) transpose_step<4>(rows);
+  if constexpr (kLanes > 8) transpose_step<8>(rows);
+}
+
+// Keys as B[cell of dim][key]: rows[0 .. count) are the key rows.
+template <class T>
+void pack_keys(const T* const* rows, int count, int64_t dim, float* packed) {
+  constexpr int kElements = kPairs<T> ? 2 * kLanes : kLanes;  // of a vector of cells
+  const int64_t cells = cells_of<T>(dim);
+  for (int key = 0; key < kKeys; key += kLanes) {
+    const int present = count - key;
+    if (present <= 0) {
+      for (int64_t cell = 0; cell < cells; ++cell) store(packed + cell * kKeys + key, vf{});
+      continue;
+    }
+    for (int64_t cell = 0; cell < cells; cell += kLanes) {
+      const int64_t element = cell / kLanes * kElements;
+      vf block[kLanes];
+      if (present >= kLanes && element + kElements <= dim) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = load_cells(rows[key + i], element, element + kElements);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) block[i] = i < present ? load_cells(rows[key + i], element, dim) : vf{};
+      }
+      transpose(block);
+      float* to = packed + cell * kKeys + key;
+      if (cell + kLanes <= cells) {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i) store(to + i * kKeys, block[i]);
+      } else {
+#pragma GCC unroll 16
+        for (int i = 0; i < kLanes; ++i)
+          if (cell + i < cells) store(to + i * kKeys, block[i]);
+      }
+    }
+  }
+}
+
+// Values as B[cell of keys][v_dim], `columns` (v_dim rounded up to lanes) cells a row.
+template <class T>
+void pack_values(const T* const* rows, int count, int64_t v_dim, int64_t columns, float* packed) {
+  if constexpr (kPairs<T>) {
+    for (int key = 0; key < kKeys; key += 2, packed += columns) {
+      for (int64_t column = 0; column < columns; column += kLanes) {
+        const int n = static_cast<int>(smaller<int64_t>(kLanes, v_dim - column));
+        // a bf16 value widened to fp32 has its bits in the upper half
+        const vu first = key < count ? as_vu(load_n(rows[key] + column, n)) : vu{};
+        const vu second = key + 1 < count ? as_vu(load_n(rows[key + 1] + column, n)) : vu{};
+        store(packed + column, as_vf((first >> 16) | second));
+      }
+    }
+  } else {
+    for (int key = 0; key < kKeys; ++key, packed += columns) {
+      for (int64_t column = 0; column < columns; column += kLanes) {
+        const int64_t left = v_dim - column;
+        vf x{};
+        if (key < count) x = left >= kLanes ? load(rows[key] + column) : load_n(rows[key] + column, static_cast<int>(left));
+        store(packed + column, x);
+      }
+    }
+  }
+}
+
+// One query row as cells; sign is -1, 0 or 1 (exact in every dtype).
+template <class T>
+void pack_query(const T* row, int64_t dim, float sign, float* cells) {
+  if constexpr (kPairs<T>) {
+    bf16* to = reinterpret_cast<bf16*>(cells);
+    for (int64_t d = 0; d < dim; d += kLanes) {
+      const int n = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
+      store_n(to + d, load_n(row + d, n) * sign, n);
+    }
+    if (dim & 1) to[dim] = bf16{0};
+  } else {
+    for (int64_t d = 0; d < dim; ++d) cells[d] = to_float(row[d]) * sign;
+  }
+}
+
+// ---- products ------------------------------------------------------------------------------------------------------
+
+template <bool pairs>
+GLIMPSE_INLINE vf multiply_add(float a, vf b, vf sum) {
+#if defined(__AVX512BF16__)
+  if constexpr (pairs) {
+    const __m512 both = _mm512_set1_ps(a);
+    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(b));
+  }
+#endif
+  return fma(splat(a), b, sum);
+}
+
+// C[height][width vectors] = A B, or = keep[row] * C + A B. `a` and `b` hold cells.
+template <bool pairs, int height, int width>
+void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t steps, const float* keep,
+                   float* c, int64_t c_stride) {
+  vf sum[height][width];
+#pragma GCC unroll 8
+  for (int i = 0; i < height; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j) sum[i][j] = keep == nullptr ? vf{} : load(c + i * c_stride + j * kLanes) * keep[i];
+  for (int64_t step = 0; step < steps; ++step) {
+    vf column[width];
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j) column[j] = load(b + j * kLanes);
+#pragma GCC unroll 8
+    for (int i = 0; i < height; ++i) {
+      const float x = a[i * a_stride];
+#pragma GCC unroll 8
+      for (int j = 0; j < width; ++j) sum[i][j] = multiply_add<pairs>(x, column[j], sum[i][j]);
+    }
+    ++a;
+    b += b_stride;
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < height; ++i)
+#pragma GCC unroll 8
+    for (int j = 0; j < width; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
+}
+
+// Operands of one product of `height` rows.
+struct Product {
+  const float* a;
+  int64_t a_stride;
+  const float* b;
+  int64_t b_stride, steps;
+  const float* keep;
+  float* c;
+  int64_t c_stride;
+};
+
+template <bool pairs, int height>
+void multiply_rows(Product p, int64_t vectors) {
+  // all columns in near-equal parts of at most kTileVectors
+  for (int64_t parts = (vectors + kTileVectors - 1) / kTileVectors; parts > 0; --parts) {
+    const int64_t width = (vectors + parts - 1) / parts;
+    switch (width) {
+      case 1:
+        multiply_tile<pairs, height, 1>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
+        break;
+      case 2:
+        multiply_tile<pairs, height, 2>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
+        break;
+#if defined(__AVX512F__)
+      case 3:
+        multiply_tile<pairs, height, 3>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
+        break;
+      case 4:
+        multiply_tile<pairs, height, 4>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
+        break;
+#endif
+    }
+    vectors -= width;
+    p.b += width * kLanes;
+    p.c += width * kLanes;
+  }
+}
+
+// Any 1 .. kTileRows rows, any number of column vectors.
+template <bool pairs>
+void multiply(const Product& p, int height, int64_t vectors) {
+  switch (height) {
+    case 1:
+      return multiply_rows<pairs, 1>(p, vectors);
+    case 2:
+      return multiply_rows<pairs, 2>(p, vectors);
+    case 3:
+      return multiply_rows<pairs, 3>(p, vectors);
+    case 4:
+      return multiply_rows<pairs, 4>(p, vectors);
+    case 5:
+      return multiply_rows<pairs, 5>(p, vectors);
+    case 6:
+      return multiply_rows<pairs, 6>(p, vectors);
+  }
+}
+
+// ---- softmax -------------------------------------------------------------------------------------------------------
+
+// 2^x for x <= 0 (or NaN, which stays): 0 below -126. `rough`: 3e-6 instead of 9e-8, for weights that become bf16.
+template <bool rough>
+GLIMPSE_INLINE vf weight_exp2(vf x) {
+#if defined(__AVX512F__)
+  const vf n = round_even(x);
+  const vf f = x - n;
+  const __mmask16 alive = _mm512_cmp_ps_mask(x, splat(-126.0f), _CMP_NLT_UQ);
+  return _mm512_maskz_scalef_ps(alive, rough ? exp2_fraction_short(f) : exp2_fraction(f), n);
+#else
+  return vexp2(x);
+#endif
+}
+
+GLIMPSE_INLINE void store_weights(float* cells, int vector, vf x) { store(cells + vector * kLanes, x); }
+GLIMPSE_INLINE void store_weights_bf16(float* cells, int vector, vf x) {
+#if defined(__AVX512BF16__)
+  const __m256bh half = _mm512_cvtneps_pbh(x);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(cells) + vector, reinterpret_cast<__m256i>(half));
+#else
+  (void)cells, (void)vector, (void)x;
+#endif
+}
+
+// State of the query rows of one task. All pointers into scratch memory.
+struct Rows {
+  float* query;    // [count][query_cells]
+  float* result;   // [count][columns], not yet divided by the sum
+  float* sum;      // [count][kLanes], lane sums of the weights
+  float* top;      // [count], largest logit so far times log2(e)
+  float* keep;     // [count], factor of the last rescaling
+  int32_t* limit;  // [count], number of keys the row sees
+  bool* started;   // [count]: for the first row of a tile, whether `result` holds anything
+  int64_t count, query_cells, columns;
+};
+
+// Bytes of scratch memory for `rows` query rows and a packed tile of keys and values.
+GLIMPSE_INLINE size_t core_bytes(int64_t rows, int64_t query_cells, int64_t columns) {
+  const int64_t floats = (query_cells + columns) * kKeys + rows * (query_cells + columns + kLanes + 4);
+  return static_cast<size_t>(floats * 4 + 9 * 64);
+}
+
+// Lays `memory` (core_bytes) out for `count` rows.
+template <class T>
+Rows lay_out(char* memory, int64_t count, int64_t query_cells, int64_t columns, float** keys, float** values) {
+  auto take = [&](int64_t floats) {
+    float* taken = reinterpret_cast<float*>(memory);
+    memory += round_up(floats * 4, 64);
+    return taken;
+  };
+  Rows rows;
+  rows.count = count;
+  rows.query_cells = query_cells;
+  rows.columns = columns;
+  *keys = take(query_cells * kKeys);
+  *values = take(columns * kKeys);
+  rows.query = take(count * query_cells);
+  rows.result = take(count * columns);
+  rows.sum = take(count * kLanes);
+  rows.top = take(count);
+  rows.keep = take(count);
+  rows.limit = reinterpret_cast<int32_t*>(take(count));
+  rows.started = reinterpret_cast<bool*>(take(count));
+  for (int64_t r = 0; r < count; ++r) {
+    rows.top[r] = -__builtin_inff();
+    rows.started[r] = false;
+    store(rows.sum + r * kLanes, vf{});
+  }
+  return rows;
+}
+
+// Turns the logits of `height` rows (at `logits`, kKeys a row) into weights and moves the rows' state on. `vectors`: lane
+// vectors with a visible key. masked: some row does not see the whole tile.
+template <class T, bool masked>
+GLIMPSE_INLINE void softmax_tile(Rows& rows, int64_t first, int height, const float* logits, float* weights,
+                                 int64_t weights_stride, int vectors, int64_t key, float factor) {
+  for (int i = 0; i < height; ++i) {
+    const float* row = logits + i * kKeys;
+    vf x[kKeyVectors];
+    const int32_t seen = masked ? static_cast<int32_t>(rows.limit[first + i] - key) : kKeys;
+    vf best = splat(-__builtin_inff());
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeyVectors; ++j) {
+      if (masked && j >= vectors) break;
+      x[j] = load(row + j * kLanes);
+      if (masked) x[j] = select(lane_index() + splat_i(j * kLanes) < splat_i(seen), x[j], splat(-__builtin_inff()));
+      best = vmax(best, x[j]);
+    }
+    const float before = rows.top[first + i];
+    const float here = hmax(best) * factor;
+    float top = here > before ? here : before;
+    rows.top[first + i] = top;
+    const float keep = before == top ? 1.0f : __builtin_exp2f(before - top);
+    rows.keep[first + i] = keep;
+    if (masked && top == -__builtin_inff()) top = 0.0f;  // nothing seen yet: all weights are exp2(-inf)
+    vf total = load(rows.sum + (first + i) * kLanes) * keep;
+    const vf shift = splat(-top), scale = splat(factor);
+    float* to = weights + i * weights_stride;
+#pragma GCC unroll 16
+    for (int j = 0; j < kKeyVectors; ++j) {
+      if (masked && j >= vectors) break;
+      const vf w = weight_exp2<kPairs<T>>(fma(x[j], scale, shift));
+      total = total + w;
+      if constexpr (kPairs<T>)
+        store_weights_bf16(to, j, w);
+      else
+        store_weights(to, j, w);
+    }
+    store(rows.sum + (first + i) * kLanes, total);
+  }
+}
+
+// Brings `count` keys, packed in `keys` and `values`, into the state of all rows. `key`: index of the first of them.
+template <class T>
+void attend(Rows& rows, const float* keys, const float* values, int64_t key, int count, float factor) {
+  float logits[kTileRows * kKeys] __attribute__((aligned(64)));
+  float weights[kTileRows * kKeys] __attribute__((aligned(64)));
+  constexpr int64_t kWeightCells = kPairs<T> ? kKeys / 2 : kKeys;
+  const int64_t tiles = (rows.count + kTileRows - 1) / kTileRows;
+  for (int64_t tile = 0; tile < tiles; ++tile) {
+    const int64_t first = rows.count * tile / tiles;
+    const int height = static_cast<int>(rows.count * (tile + 1) / tiles - first);
+    int32_t least = rows.limit[first], most = least;
+    for (int i = 1; i < height; ++i) {
+      least = smaller(least, rows.limit[first + i]);
+      most = larger(most, rows.limit[first + i]);
+    }
+    const int64_t seen = smaller<int64_t>(count, most - key);
+    if (seen <= 0) continue;
+    const int vectors = static_cast<int>((seen + kLanes - 1) / kLanes);
+    multiply<kPairs<T>>({rows.query + first * rows.query_cells, rows.query_cells, keys, kKeys, rows.query_cells, nullptr,
+                         logits, kKeys},
+                        height, vectors);
+    if (least - key >= kKeys)
+      softmax_tile<T, false>(rows, first, height, logits, weights, kWeightCells, kKeyVectors, key, factor);
+    else
+      softmax_tile<T, true>(rows, first, height, logits, weights, kWeightCells, vectors, key, factor);
+    const int64_t steps = kPairs<T> ? vectors * (kLanes / 2) : vectors * kLanes;
+    multiply<kPairs<T>>({weights, kWeightCells, values, rows.columns, steps,
+                         rows.started[first] ? rows.keep + first : nullptr, rows.result + first * rows.columns,
+                         rows.columns},
+                        height, rows.columns / kLanes);
+    rows.started[first] = true;
+  }
+  // every row of a started tile has a result (zeros where it saw nothing yet)
+}
+
+// Whether row r has seen a key, and the sum of its weights.
+GLIMPSE_INLINE float weight_sum(const Rows& rows, int64_t r) {
+  return rows.top[r] == -__builtin_inff() ? 0.0f : hsum(load(rows.sum + r * kLanes));
+}
+
+// out[0 .. v_dim) = result row * factor, rounded to T.
+template <class T>
+GLIMPSE_INLINE void write_row(T* out, const float* result, int64_t v_dim, float factor) {
+  int64_t d = 0;
+  for (; d + kLanes <= v_dim; d += kLanes) store(out + d, load(result + d) * factor);
+  if (d < v_dim) store_n(out + d, load_n(result + d, static_cast<int>(v_dim - d)) * factor, static_cast<int>(v_dim - d));
+}
+
+template <class T>
+GLIMPSE_INLINE void write_zeros(T* out, int64_t v_dim) {
+  for (int64_t d = 0; d < v_dim; ++d) put(out + d, 0.0f);
+}
+
+// scale * log2(e) as sign * factor: the sign goes into the queries (exact), so that the largest logit stays the largest.
+struct Scale {
+  float sign, factor;
+};
+
+GLIMPSE_INLINE Scale split_scale(float scale) {
+  constexpr float kLog2E = 1.44269504088896340736f;
+  if (scale == 0.0f) return {0.0f, 1.0f};
+  return {scale > 0.0f ? 1.0f : -1.0f, __builtin_fabsf(scale) * kLog2E};
+}
+
+}  // namespace
+}  // namespace glimpse::GLIMPSE_ISA_NS

@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+// Decoding attention, split over the keys (Flash-Decoding): each task attends the query heads of one key head to one chunk of
+// keys; the parts are then joined in chunk order. The chunk size is fixed, so the result does not depend on the threads.
+#include "glimpse/decode_attention.h"
+
+#include <stdlib.h>
+
+#include "cpu/attention_core.h"
+
+namespace glimpse::GLIMPSE_ISA_NS {
+namespace {
+
+constexpr int64_t kChunk = 256;  // keys of a task
+
+struct Plan {
+  int64_t group, chunks;  // query heads a key head; most chunks of a row
+  int64_t query_cells, columns;
+  Scale scale;
+  // Parts of the result by [row][query head][chunk]: columns values, not divided; then top and sum.
+  float* parts;
+  int64_t part_size;
+
+  float* part(int64_t row_head, int64_t chunk) const { return parts + (row_head * chunks + chunk) * part_size; }
+};
+
+template <class T>
+bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64_t row, int64_t kv_head, int64_t chunk) {
+  const int64_t begin = chunk * kChunk, end = smaller<int64_t>(begin + kChunk, p.lengths[row]);
+  if (begin >= end) return true;
+  char* memory = static_cast<char*>(thread_scratch(core_bytes(plan.group, plan.query_cells, plan.columns)));
+  if (memory == nullptr) return false;
+  float *packed_keys, *packed_values;
+  Rows rows = lay_out<T>(memory, plan.group, plan.query_cells, plan.columns, &packed_keys, &packed_values);
+  for (int64_t r = 0; r < plan.group; ++r) {
+    pack_query(static_cast<const T*>(p.q) + row * p.q_stride + (kv_head * plan.group + r) * p.q_head_stride, p.dim,
+               plan.scale.sign, rows.query + r * rows.query_cells);
+    rows.limit[r] = static_cast<int32_t>(end);
+  }
+  const T* k = static_cast<const T*>(p.k) + kv_head * p.k_head_stride;
+  const T* v = static_cast<const T*>(p.v) + kv_head * p.v_head_stride;
+  const int32_t* table = p.block_table + row * p.table_stride;
+  for (int64_t key = begin; key < end; key += kKeys) {
+    const int tile = static_cast<int>(smaller<int64_t>(kKeys, end - key));
+    const T* key_rows[kKeys];
+    const T* value_rows[kKeys];
+    for (int i = 0; i < tile; ++i) {
+      const int64_t block = table[(key + i) / p.block_size], slot = (key + i) % p.block_size;
+      key_rows[i] = k + block * p.k_block_stride + slot * p.k_slot_stride;
+      value_rows[i] = v + block * p.v_block_stride + slot * p.v_slot_stride;
+    }
+    pack_keys(key_rows, tile, p.dim, packed_keys);
+    pack_values(value_rows, tile, p.v_dim, plan.columns, packed_values);
+    attend<T>(rows, packed_keys, packed_values, key, tile, plan.scale.factor);
+  }
+  for (int64_t r = 0; r < plan.group; ++r) {
+    float* part = plan.part(row * p.q_heads + kv_head * plan.group + r, chunk);
+    memcpy(part, rows.result + r * rows.columns, sizeof(float) * static_cast<size_t>(plan.columns));
+    part[plan.columns] = rows.top[r];
+    part[plan.columns + 1] = weight_sum(rows, r);
+  }
+  return true;
+}
+
+// Joins the parts of one row and head, first chunk first.
+template <class T>
+void join(const glimpse_decode_attention_params& p, const Plan& plan, int64_t row, int64_t head) {
+  T* out = static_cast<T*>(p.out) + row * p.out_stride + head * p.out_head_stride;
+  const int64_t chunks = (p.lengths[row] + kChunk - 1) / kChunk;
+  if (chunks <= 0) return write_zeros(out, p.v_dim);
+  float* total = plan.part(row * p.q_heads + head, 0);
+  float top = total[plan.columns];
+  for (int64_t chunk = 1; chunk < chunks; ++chunk) {
+    const float other = plan.part(row * p.q_heads + head, chunk)[plan.columns];
+    top = other > top ? other : top;
+  }
+  const float shift = top == -__builtin_inff() ? 0.0f : top;
+  float sum = 0.0f;
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const float* part = plan.part(row * p.q_heads + head, chunk);
+    const float factor = __builtin_exp2f(part[plan.columns] - shift);
+    sum += part[plan.columns + 1] * factor;
+    for (int64_t column = 0; column < plan.columns; column += kLanes) {
+      const vf scaled = load(part + column) * factor;
+      store(total + column, chunk == 0 ? scaled : load(total + column) + scaled);
+    }
+  }
+  write_row(out, total, p.v_dim, sum == 0.0f ? 0.0f : 1.0f / sum);
+}
+
+template <class T>
+glimpse_status run(const glimpse_decode_attention_params& p) {
+  int64_t longest = 0;
+  for (int64_t row = 0; row < p.batch; ++row) longest = larger<int64_t>(longest, p.lengths[row]);
+  Plan plan;
+  plan.group = p.q_heads / p.kv_heads;
+  plan.chunks = (longest + kChunk - 1) / kChunk;
+  plan.query_cells = cells_of<T>(p.dim);
+  plan.columns = round_up(p.v_dim, kLanes);
+  plan.scale = split_scale(p.scale);
+  plan.part_size = plan.columns + kLanes;
+  plan.parts = nullptr;
+  bool short_of_memory = false;
+  if (plan.chunks > 0) {
+    const int64_t floats = p.batch * p.q_heads * plan.chunks * plan.part_size;
+    plan.parts = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64))));
+    if (plan.parts == nullptr) return fail(GLIMPSE_OUT_OF_MEMORY, "decode_attention: no memory for partial results");
+    parallel_for(p.batch * p.kv_heads * plan.chunks, [&](int64_t task) {
+      const int64_t chunk = task % plan.chunks, row_head = task / plan.chunks;
+      if (!run_chunk<T>(p, plan, row_head / p.kv_heads, row_head % p.kv_heads, chunk)) short_of_memory = true;
+    });
+  }
+  if (!short_of_memory) {
+    // a few hundred values a head: worth other threads only for larger batches
+    parallel_range(p.batch * p.q_heads, 64, [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) join<T>(p, plan, i / p.q_heads, i % p.q_heads);
+    });
+  }
+  free(plan.parts);
+  return short_of_memory ? fail(GLIMPSE_OUT_OF_MEMORY, "decode_attention: no scratch memory") : GLIMPSE_OK;
+}
+
+}  // namespace
+
+glimpse_status decode_attention(const glimpse_decode_attention_params& p) {
+  for (int64_t row = 0; row < p.batch; ++row) {
+    const int64_t length = p.lengths[row];
+    if (length < 0 || length > p.max_blocks * p.block_size)
+      return fail(GLIMPSE_INVALID, "decode_attention: lengths[%lld]: expected 0 to %lld (max_blocks * block_size), found %lld",
+                  static_cast<long long>(row), static_cast<long long>(p.max_blocks * p.block_size),
+                  static_cast<long long>(length));
+    for (int64_t i = 0; i * p.block_size < length; ++i) {
+      const int32_t block = p.block_table[row * p.table_stride + i];
+      if (block < 0 || block >= p.blocks)
+        return fail(GLIMPSE_INVALID, "decode_attention: block_table[%lld, %lld]: expected a block in [0, %lld), found %d",
+                    static_cast<long long>(row), static_cast<long long>(i), static_cast<long long>(p.blocks), block);
+    }
+  }
+  return p.dtype == GLIMPSE_BFLOAT16 ? run<bf16>(p) : run<float>(p);
+}
+
+}  // namespace glimpse::GLIMPSE_ISA_NS

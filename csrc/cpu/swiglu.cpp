@@ -1,0 +1,52 @@
+// SPDX-License-Identifier: Apache-2.0
+// Gated activation in one pass over the two halves of a GEMM's output.
+#include "glimpse/swiglu.h"
+
+#include "cpu/vec.h"
+
+namespace glimpse::GLIMPSE_ISA_NS {
+namespace {
+
+// exp(-gate) is inf for very negative gates, and gate / inf is the right -0.
+GLIMPSE_INLINE vf gated(vf gate, vf up) { return gate / (splat(1.0f) + vexp(-gate)) * up; }
+
+template <class T>
+void piece(const T* gate, const T* up, T* out, int64_t cols) {
+  int64_t c = 0;
+  for (; c + 2 * kLanes <= cols; c += 2 * kLanes) {
+    const vf a = gated(load(gate + c), load(up + c));
+    const vf b = gated(load(gate + c + kLanes), load(up + c + kLanes));
+    store(out + c, a);
+    store(out + c + kLanes, b);
+  }
+  for (; c < cols; c += kLanes) {
+    const int n = static_cast<int>(smaller<int64_t>(kLanes, cols - c));
+    store_n(out + c, gated(load_n(gate + c, n), load_n(up + c, n)), n);
+  }
+}
+
+template <class T>
+glimpse_status run(const glimpse_swiglu_params& p) {
+  if (p.cols <= 0) return GLIMPSE_OK;
+  // Long rows are cut, so that one row (decoding) still fills the threads.
+  constexpr int64_t kPiece = 8192;
+  const int64_t pieces = (p.cols + kPiece - 1) / kPiece;
+  const int64_t grain = 1 + kPiece / p.cols;
+  parallel_range(p.rows * pieces, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      const int64_t r = task / pieces;
+      const int64_t c = task % pieces * kPiece;
+      piece(static_cast<const T*>(p.gate) + r * p.gate_stride + c, static_cast<const T*>(p.up) + r * p.up_stride + c,
+            static_cast<T*>(p.out) + r * p.out_stride + c, smaller<int64_t>(kPiece, p.cols - c));
+    }
+  });
+  return GLIMPSE_OK;
+}
+
+}  // namespace
+
+glimpse_status swiglu(const glimpse_swiglu_params& p) {
+  return p.dtype == GLIMPSE_BFLOAT16 ? run<bf16>(p) : run<float>(p);
+}
+
+}  // namespace glimpse::GLIMPSE_ISA_NS

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The ``glimpse`` command. Each subcommand lives in a file of its own; this one names them and turns errors into
+exit codes: 0 fine, 1 a result differs, 2 bad usage or bad input (one line on stderr, no traceback)."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+
+import typer
+
+from glimpse_runtime import cli_console as console
+
+app = typer.Typer(
+    name="glimpse",
+    help="Ask vision-language models about pictures, and let them drop the visual tokens a question does not need.",
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+def _version(shown: bool) -> None:
+    if shown:
+        try:
+            typer.echo(f"glimpse {version('glimpse-engine')}")
+        except PackageNotFoundError:
+            typer.echo("glimpse (not installed)")
+        raise typer.Exit()
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    verbose: bool = typer.Option(False, "--verbose", "-v", help="Show remarks of the libraries underneath."),
+    shown: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    logging.basicConfig(format="%(message)s")
+    if not verbose:
+        # Ours still say what is lost (they go to stderr once); Hugging Face's are about things we do not use.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+        raise typer.Exit()
+
+
+def _register() -> None:
+    from glimpse_runtime import cli_info, cli_parity, cli_run
+
+    app.command("run", epilog=cli_run.EXAMPLES)(cli_run.run)
+    app.command("info", epilog=cli_info.EXAMPLES)(cli_info.info)
+    app.command("parity", epilog=cli_parity.EXAMPLES)(cli_parity.parity)
+
+
+_register()
+
+
+def run(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code."""
+    from glimpse_kernels import UnsupportedError
+    from glimpse_runtime.errors import GlimpseError
+
+    command = typer.main.get_command(app)
+    try:
+        code = command.main(
+            args=None if arguments is None else list(arguments), prog_name="glimpse", standalone_mode=False
+        )
+        return int(code or 0)
+    except (GlimpseError, UnsupportedError, OSError) as error:
+        console.fail(str(error))
+        return console.BAD_INPUT
+    except KeyboardInterrupt:
+        return console.INTERRUPTED
+    except Exception as error:
+        # Usage errors come from the click that this typer uses, which may be a copy of its own.
+        if hasattr(error, "format_message"):
+            console.fail(error.format_message())
+            return console.BAD_INPUT
+        if type(error).__name__ == "Abort":
+            return console.INTERRUPTED
+        raise
+
+
+def main() -> None:
+    """Entry point of the ``glimpse`` script."""
+    sys.exit(run())
+
+
+if __name__ == "__main__":
+    main()
