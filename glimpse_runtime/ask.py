@@ -13,6 +13,7 @@ import torch
 from glimpse_runtime.errors import CheckpointError, GlimpseError
 from glimpse_runtime.model import GlimpseModel
 from glimpse_runtime.processor import Processor
+from glimpse_runtime.report import GlimpseGenerateOutput
 
 DTYPES: dict[str, Any] = {"auto": "auto", "float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -88,12 +89,15 @@ class Asker:
             options: passed to `GlimpseModel.generate`.
         """
         if pruned and not self.has_modules:
-            raise GlimpseError("glimpse: pruning needs GlimpsePrune modules (--glimpse DIR), none were loaded")
+            raise GlimpseError(
+                "glimpse: pruning needs GlimpsePrune modules (--glimpse DIR), none were loaded"
+            )
         if not pruned:
             options["plan"] = None
         out = self.model.generate(
             **inputs, max_new_tokens=max_new_tokens, return_dict_in_generate=True, **options
         )
+        assert isinstance(out, GlimpseGenerateOutput)
         new = out.sequences[0, inputs["input_ids"].shape[1] :].tolist()
         merged = self.processor.image.merge_size**2
         grids = inputs.get("image_grid_thw")

@@ -80,8 +80,12 @@ class KvPool:
 
     def next_slots(self, active: torch.Tensor) -> torch.Tensor:
         """`[B]` int32 slot of the row that follows each sequence; -1 where `active [B]` is false."""
-        block = torch.div(self.lengths, BLOCK_SIZE, rounding_mode="floor").clamp_(max=self.block_table.shape[1] - 1)
-        slots = self.block_table.gather(1, block[:, None].long())[:, 0] * BLOCK_SIZE + self.lengths % BLOCK_SIZE
+        block = torch.div(self.lengths, BLOCK_SIZE, rounding_mode="floor").clamp_(
+            max=self.block_table.shape[1] - 1
+        )
+        slots = (
+            self.block_table.gather(1, block[:, None].long())[:, 0] * BLOCK_SIZE + self.lengths % BLOCK_SIZE
+        )
         return torch.where(active, slots, -1).to(torch.int32)
 
     def rows(self, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -102,4 +106,6 @@ class Workspace:
         cls, config: TextConfig, layers: int, rows: int, dtype: torch.dtype, device: torch.device
     ) -> Workspace:
         shape = (layers, rows, config.num_kv_heads, config.head_dim)
-        return cls(torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device))
+        return cls(
+            torch.empty(shape, dtype=dtype, device=device), torch.empty(shape, dtype=dtype, device=device)
+        )

@@ -36,7 +36,9 @@ def _version(shown: bool) -> None:
 def _root(
     context: typer.Context,
     verbose: bool = typer.Option(False, "--verbose", "-v", help="Show remarks of the libraries underneath."),
-    shown: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    shown: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     logging.basicConfig(format="%(message)s")
     if not verbose:

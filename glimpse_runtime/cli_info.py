@@ -30,7 +30,9 @@ glimpse info --json
 _NO_KERNEL = "no kernel for this op"
 
 
-def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables.")) -> None:
+def info(
+    as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables."),
+) -> None:
     """Show this machine, and which backend serves each op and why others were passed over."""
     machine, ops = _machine(), _ops()
     if as_json:
@@ -48,9 +50,14 @@ def info(as_json: bool = typer.Option(False, "--json", help="Print one JSON obje
     for op, dtypes, served, passed in _grouped(ops):
         table.add_row(op, dtypes, escape(served), escape(passed))
     out.print(table)
-    bare = sorted({name for row in ops for name, reason in row["passed_over"].items() if reason == _NO_KERNEL})
+    bare = sorted(
+        {name for row in ops for name, reason in row["passed_over"].items() if reason == _NO_KERNEL}
+    )
     if bare:
-        out.print(f"\nWhere a backend is not named it has no kernel in this version ({', '.join(bare)}).", style="dim")
+        out.print(
+            f"\nWhere a backend is not named it has no kernel in this version ({', '.join(bare)}).",
+            style="dim",
+        )
 
 
 def _grouped(ops: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -97,7 +104,9 @@ def _machine() -> dict[str, Any]:
         "processor": _processor_name(),
         "cpus": usable,
         "threads": torch.get_num_threads(),
-        "compiled kernels": f"instruction set {module.isa()}" if module else f"not available ({_ext.compiled_error()})",
+        "compiled kernels": f"instruction set {module.isa()}"
+        if module
+        else f"not available ({_ext.compiled_error()})",
         "backend": forced_backend(),
         "gpu": ", ".join(gpus) + " (no kernels for it in this version)" if gpus else "none",
     }
@@ -113,7 +122,10 @@ def _ops() -> list[dict[str, Any]]:
     logging.getLogger("glimpse_kernels").setLevel(logging.ERROR)  # the table says what the log would
     for op in dict.fromkeys(row.op for row in support_table()):
         served = {
-            dtype for row in support_table() if row.op == op for dtype in (row.dtypes or (torch.float32, torch.bfloat16))
+            dtype
+            for row in support_table()
+            if row.op == op
+            for dtype in (row.dtypes or (torch.float32, torch.bfloat16))
         }
         for dtype in sorted(served, key=str):
             if dtype is torch.float16:  # definitions only; models run in the other two
@@ -125,10 +137,18 @@ def _ops() -> list[dict[str, Any]]:
                 backend = ""
             how = {name: reason for name, _, reason in verdicts}
             passed = {
-                name: reason if not usable else "slower here" for name, usable, reason in verdicts if name != backend
+                name: reason if not usable else "slower here"
+                for name, usable, reason in verdicts
+                if name != backend
             }
             name = str(dtype).removeprefix("torch.")
             rows.append(
-                {"op": op, "dtype": name, "backend": backend, "how": how.get(backend, ""), "passed_over": passed}
+                {
+                    "op": op,
+                    "dtype": name,
+                    "backend": backend,
+                    "how": how.get(backend, ""),
+                    "passed_over": passed,
+                }
             )
     return rows

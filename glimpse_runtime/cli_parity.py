@@ -66,7 +66,13 @@ def parity(
         for title in ("case", "kept", "mask", *_COLUMNS, "greedy", ""):
             table.add_column(title, no_wrap=True)
         for r in results:
-            mask = "-" if "mask" not in r.errors else "=" if not r.errors["mask"] else f"{r.errors['mask']:.0f} off"
+            mask = (
+                "-"
+                if "mask" not in r.errors
+                else "="
+                if not r.errors["mask"]
+                else f"{r.errors['mask']:.0f} off"
+            )
             errors = [f"{r.errors[name]:.0e}" if name in r.errors else "-" for name in _COLUMNS]
             greedy = "-" if "greedy" not in r.equal else "=" if r.equal["greedy"] else "differ"
             verdict = "[green]ok[/green]" if r.ok else "[red]off[/red]"

@@ -44,7 +44,10 @@ def run(
     compare: bool = typer.Option(False, "--compare", help="Answer unpruned too, and show both side by side."),
     unpruned: bool = typer.Option(False, "--unpruned", help="Do not prune."),
     save_overlay: Optional[Path] = typer.Option(  # noqa: UP045
-        None, "--save-overlay", metavar="FILE", help="Write the picture with its kept tokens lit (FILE-2 for a second)."
+        None,
+        "--save-overlay",
+        metavar="FILE",
+        help="Write the picture with its kept tokens lit (FILE-2 for a second).",
     ),
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of text."),
     stream: bool = typer.Option(False, "--stream", help="Print tokens as they come."),
@@ -74,20 +77,22 @@ def run(
     The answer goes to standard output, what it cost to standard error.
     """
     if unpruned and (compare or save_overlay):
-        raise GlimpseError("--unpruned: cannot be combined with --compare or --save-overlay, which show the pruning")
+        raise GlimpseError(
+            "--unpruned: cannot be combined with --compare or --save-overlay, which show the pruning"
+        )
     if stream and (as_json or compare):
         raise GlimpseError("--stream: cannot be combined with --json or --compare")
-    limits = {"threshold": threshold, "max_remain_ratio": max_remain_ratio, "min_remain_num": min_remain_num}
-    limits = {name: value for name, value in limits.items() if value is not None}
+    asked = {"threshold": threshold, "max_remain_ratio": max_remain_ratio, "min_remain_num": min_remain_num}
+    limits: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     if unpruned and limits:
         raise GlimpseError(f"--unpruned: cannot be combined with --{next(iter(limits)).replace('_', '-')}")
     sampling = _sampling(temperature, top_k, top_p)
     images = image or []
+    if save_overlay and not images:
+        raise GlimpseError("--save-overlay: expected at least one --image, found none")
     asker, pruned = _load(base, glimpse, dtype, device, unpruned=unpruned, quiet=as_json)
     if not pruned and (compare or save_overlay or limits):
         raise GlimpseError("--glimpse: expected a folder of modules to prune with, found none")
-    if save_overlay and not images:
-        raise GlimpseError("--save-overlay: expected at least one --image, found none")
     inputs = asker.inputs(images, question)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
     if sampling:
@@ -135,7 +140,9 @@ def _sampling(temperature: float | None, top_k: int | None, top_p: float | None)
     given = {"temperature": temperature, "top_k": top_k, "top_p": top_p}
     given = {name: value for name, value in given.items() if value is not None}
     if temperature is not None and temperature <= 0:
-        raise GlimpseError(f"--temperature: expected a number > 0, found {temperature} (leave it out for greedy)")
+        raise GlimpseError(
+            f"--temperature: expected a number > 0, found {temperature} (leave it out for greedy)"
+        )
     if top_k is not None and top_k < 1:
         raise GlimpseError(f"--top-k: expected a number >= 1, found {top_k}")
     if top_p is not None and not 0 < top_p <= 1:
@@ -173,7 +180,11 @@ def _as_json(
         "answer": answer.text,
         "visual_tokens": {"kept": answer.kept, "total": answer.total},
         "pruning": [
-            {"grid": list(map(int, report.grid)), "kept": int(report.kept), "keep": report.keep.int().tolist()}
+            {
+                "grid": list(map(int, report.grid)),
+                "kept": int(report.kept),
+                "keep": report.keep.int().tolist(),
+            }
             for report in answer.pruning
         ],
         "seconds": answer.seconds,

@@ -37,7 +37,9 @@ class DecodeLoop:
         Rows that were retired compute nothing that is kept: no slot, length 0.
         """
         if self._room <= 0:
-            raise GlimpseError("the key/value pool is full: prefill was asked for fewer new tokens than are decoded")
+            raise GlimpseError(
+                "the key/value pool is full: prefill was asked for fewer new tokens than are decoded"
+            )
         self._room -= 1
         decoder, pool = self.decoder, self.pool
         cos, sin = decoder.rotary(self.positions.expand(3, -1))

@@ -61,7 +61,9 @@ class Request:
         options = dict(kwargs)
         refused = [name for name in _REFUSED if options.pop(name, None) is not None]
         if refused:
-            raise UnsupportedOptionError(f"generate() arguments that cannot be honoured: {', '.join(refused)}")
+            raise UnsupportedOptionError(
+                f"generate() arguments that cannot be honoured: {', '.join(refused)}"
+            )
         streamer = options.pop("streamer", None)
         tokenizer = options.pop("tokenizer", None)
         logits_processor = options.pop("logits_processor", None)
@@ -103,7 +105,7 @@ def decode(
     config, timings = request.config, prefill.timings
     assert prefill.last_logits is not None and prefill.pool is not None
     padding = request.attention_mask.to(input_ids.device) == 0
-    chain = sampling.processors(config, padding, request.logits_processor, input_ids.device)
+    chain = sampling.processors(config, padding, request.logits_processor)
     criteria = sampling.stopping(
         config, input_ids.shape[1] + request.max_new_tokens, request.tokenizer, request.stopping_criteria
     )
@@ -118,7 +120,7 @@ def decode(
     first_token_at = began
     while True:
         raw = logits.float()
-        scores = chain(sequences, raw.clone()) if chain else raw
+        scores = chain(sequences, raw.clone()) if chain else raw  # type: ignore[arg-type]
         if config.output_scores:
             kept_scores.append(scores)
         if config.output_logits:

@@ -29,7 +29,9 @@ def accelerate(hf_model: Any, glimpse: str | Path | None = None) -> Any:
         CheckpointError: the model or the modules cannot be used; the model is left as it was.
     """
     if _MARK in vars(hf_model):
-        raise GlimpseError("accelerate(): expected a plain model, found one that is accelerated already; restore() it")
+        raise GlimpseError(
+            "accelerate(): expected a plain model, found one that is accelerated already; restore() it"
+        )
     engine = GlimpseModel.from_hf(hf_model, glimpse)
     # Past nn.Module.__setattr__: neither may end up among the model's modules or parameters.
     vars(hf_model)[_MARK] = engine

@@ -33,4 +33,6 @@ def _snapshot(repo: str, patterns: tuple[str, ...]) -> Path:
     try:
         return Path(snapshot_download(repo, allow_patterns=list(patterns)))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise CheckpointError(f"{repo}: no such folder, and the hub gave nothing for this id ({error})") from error
+        raise CheckpointError(
+            f"{repo}: no such folder, and the hub gave nothing for this id ({error})"
+        ) from error

@@ -62,7 +62,9 @@ def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.devic
         def read(key: str) -> torch.Tensor:
             return files[key].get_tensor(key).to(dtype=wanted, device=device)
 
-        return _build(WeightReader(files.keys(), read, fuse=True), config, _generation_config(path, hf_config))
+        return _build(
+            WeightReader(files.keys(), read, fuse=True), config, _generation_config(path, hf_config)
+        )
 
 
 def share_base(hf_model: Any) -> BaseModel:

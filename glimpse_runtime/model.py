@@ -195,7 +195,9 @@ class GlimpseModel:
         state.start(vision, layout)
         return state
 
-    def _plan(self, plan: PrunePlan | str | None, masks_given: bool, changes: dict[str, Any]) -> PrunePlan | None:
+    def _plan(
+        self, plan: PrunePlan | str | None, masks_given: bool, changes: dict[str, Any]
+    ) -> PrunePlan | None:
         if isinstance(plan, str) and plan != DEFAULT:
             raise GlimpseError(f"plan: expected a PrunePlan, None or {DEFAULT!r}, found {plan!r}")
         chosen = self.plan if isinstance(plan, str) else plan
@@ -243,7 +245,9 @@ class PrefillResult:
         """
         state = self._state
         if state.last_logits is not None:
-            raise GlimpseError("select(): expected a prefill made with select=False that was not selected yet")
+            raise GlimpseError(
+                "select(): expected a prefill made with select=False that was not selected yet"
+            )
         if keep is None:
             state.choose()
         else:
@@ -318,7 +322,9 @@ def _require_ids(input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torc
     return ids
 
 
-def _given_scores(masks: torch.Tensor | Sequence[torch.Tensor], tokens: int, device: torch.device) -> torch.Tensor:
+def _given_scores(
+    masks: torch.Tensor | Sequence[torch.Tensor], tokens: int, device: torch.device
+) -> torch.Tensor:
     """Keep masks as scores: +1 stays, -1 goes."""
     parts = [masks] if isinstance(masks, torch.Tensor) else list(masks)
     flat = torch.cat([torch.as_tensor(part).flatten() for part in parts]) if parts else torch.zeros(0)

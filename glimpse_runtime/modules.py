@@ -55,12 +55,16 @@ class GlimpseSettings:
         required = [f.name for f in fields(cls) if f.default is MISSING]
         missing = [name for name in required if config.get(name) is None]
         if missing:
-            raise CheckpointError(f"config.json: expected the GlimpsePrune settings {missing}, found none of them")
+            raise CheckpointError(
+                f"config.json: expected the GlimpsePrune settings {missing}, found none of them"
+            )
         values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         settings = cls(**values)
         if settings.le_norm_type not in ("rmsnorm", "layernorm"):
-            raise CheckpointError(f"le_norm_type: expected 'rmsnorm' or 'layernorm', found {settings.le_norm_type!r}")
+            raise CheckpointError(
+                f"le_norm_type: expected 'rmsnorm' or 'layernorm', found {settings.le_norm_type!r}"
+            )
         if settings.le_length < 1:
             raise CheckpointError(f"le_length: expected at least 1, found {settings.le_length}")
         if 0 not in settings.le_layers:
@@ -100,7 +104,9 @@ class GlimpseModules:
         except ValueError as error:
             raise CheckpointError(f"{path / MODULES_FILE}: {error}") from error
         vectors = _fold_probe(settings, base, parts)
-        probe = Probe(settings.le_length, {layer: v.to(dtype=dtype, device=device) for layer, v in vectors.items()})
+        probe = Probe(
+            settings.le_length, {layer: v.to(dtype=dtype, device=device) for layer, v in vectors.items()}
+        )
         return cls(settings, probe, vip)
 
 
@@ -108,7 +114,9 @@ def _read_parts(path: Path) -> dict[str, Any]:
     try:
         parts = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise CheckpointError(f"{path}: expected a dict of tensors that loads with weights_only=True: {error}") from error
+        raise CheckpointError(
+            f"{path}: expected a dict of tensors (read with weights_only=True): {error}"
+        ) from error
     found = sorted(parts) if isinstance(parts, dict) else type(parts).__name__
     if not isinstance(parts, dict) or set(parts) != set(PARTS):
         raise CheckpointError(f"{path}: expected the entries {sorted(PARTS)}, found {found}")
@@ -126,7 +134,9 @@ def _check_base(config: Mapping[str, Any], settings: GlimpseSettings, base: Mode
     flat = {**config, **(config.get("text_config") or {})}
     wrong = {k: (v, flat[k]) for k, v in expected.items() if k in flat and flat[k] != v}
     if wrong:
-        told = ", ".join(f"{name} {have} (the modules were made for {want})" for name, (have, want) in wrong.items())
+        told = ", ".join(
+            f"{name} {have} (the modules were made for {want})" for name, (have, want) in wrong.items()
+        )
         raise CheckpointError(f"these GlimpsePrune modules belong to another base: the given base has {told}")
     for name, layers, depth in (
         ("selected_layers", settings.selected_layers, text.num_layers),
@@ -138,7 +148,9 @@ def _check_base(config: Mapping[str, Any], settings: GlimpseSettings, base: Mode
             raise CheckpointError(f"{name}: expected numbers below the base's {depth} layers, found {beyond}")
 
 
-def _check_fuser_inputs(settings: GlimpseSettings, base: ModelConfig, fuser: Mapping[str, torch.Tensor]) -> None:
+def _check_fuser_inputs(
+    settings: GlimpseSettings, base: ModelConfig, fuser: Mapping[str, torch.Tensor]
+) -> None:
     wanted = {"attn_in_proj.weight": len(settings.selected_layers) * base.text.num_heads}
     if settings.attn_fuse_type == "AttnFuserV1":
         for i in range(len(settings.selected_visual_layers)):
@@ -151,7 +163,9 @@ def _check_fuser_inputs(settings: GlimpseSettings, base: ModelConfig, fuser: Map
             )
 
 
-def _fold_probe(settings: GlimpseSettings, base: ModelConfig, parts: Mapping[str, Any]) -> dict[int, torch.Tensor]:
+def _fold_probe(
+    settings: GlimpseSettings, base: ModelConfig, parts: Mapping[str, Any]
+) -> dict[int, torch.Tensor]:
     """`le_norm(le_proj(embedding))` of every layer: constants of the checkpoint. fp32 `[le_length, width]` each."""
     width = base.text.hidden_size
     shape = (len(settings.le_layers), settings.le_length, width)

@@ -53,7 +53,9 @@ def overlay(image: Any, keep: torch.Tensor) -> Image.Image:
     return result
 
 
-def _outline(draw: ImageDraw.ImageDraw, cells: torch.Tensor, xs: list[int], ys: list[int], width: int) -> None:
+def _outline(
+    draw: ImageDraw.ImageDraw, cells: torch.Tensor, xs: list[int], ys: list[int], width: int
+) -> None:
     """Lines around regions of kept cells, drawn on their inside; neighbours share no line."""
     rows, columns = cells.shape
 

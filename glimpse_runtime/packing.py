@@ -97,7 +97,9 @@ class PackedBatch:
         """Sequences that carry probe rows."""
         if not self.probe_length:
             return ()
-        return tuple(b for b, (n, p) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)) if n > p)
+        return tuple(
+            b for b, (n, p) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)) if n > p
+        )
 
     @cached_property
     def probe_rows(self) -> torch.Tensor:

@@ -99,7 +99,9 @@ def load_manifest(folder: str | Path) -> dict[str, Any]:
         raise GlimpseError(f"golden folder: {str(path)!r} is not JSON ({error})") from None
     missing = [key for key in ("base", "inputs", "cases", "gp_dirs") if key not in manifest]
     if missing:
-        raise GlimpseError(f"golden folder: {str(path)!r} lacks {', '.join(missing)}: not a Qwen2.5-VL recording")
+        raise GlimpseError(
+            f"golden folder: {str(path)!r} lacks {', '.join(missing)}: not a Qwen2.5-VL recording"
+        )
     return manifest
 
 
@@ -130,7 +132,9 @@ def run_case(folder: str | Path, name: str, *, device: str = "cpu") -> CaseResul
     dtype = getattr(torch, case["dtype"])
     result = CaseResult(name, case["dtype"], limits=_limits(case))
     with _modules(root, manifest, case) as modules:
-        model = GlimpseModel.from_pretrained(root / manifest["base"], glimpse=modules, dtype=dtype, device=device)
+        model = GlimpseModel.from_pretrained(
+            root / manifest["base"], glimpse=modules, dtype=dtype, device=device
+        )
     if not case["do_selection"]:
         _compare_decoding(result, model.prefill(**inputs, plan=None), recorded, manifest["new_tokens"])
         return result
@@ -155,7 +159,9 @@ def _run_plain(root: Path, manifest: Mapping[str, Any], name: str, device: str) 
     source = _arrays(root / manifest["inputs"][name.removeprefix(PLAIN)]["file"])
     model = GlimpseModel.from_pretrained(root / manifest["base"], dtype=torch.float32, device=device)
     result = CaseResult(name, "float32", limits=_limits({"dtype": "float32"}))
-    recorded = {key.removeprefix("plain_"): value for key, value in source.items() if key.startswith("plain_")}
+    recorded = {
+        key.removeprefix("plain_"): value for key, value in source.items() if key.startswith("plain_")
+    }
     _compare_decoding(result, model.prefill(**_model_inputs(source)), recorded, manifest["new_tokens"])
     return result
 
@@ -164,7 +170,10 @@ def _limits(case: Mapping[str, Any]) -> dict[str, float]:
     if case["dtype"] == "float32":
         return {**dict.fromkeys((*_NOISE, "steps"), FLOAT32_LIMIT), "mask": 0}
     apart = case["sdpa_vs_eager"]
-    return {**{name: 2 * apart[key] for name, key in _NOISE.items() if key in apart}, "mask": BFLOAT16_MASK_LIMIT}
+    return {
+        **{name: 2 * apart[key] for name, key in _NOISE.items() if key in apart},
+        "mask": BFLOAT16_MASK_LIMIT,
+    }
 
 
 def _arrays(path: Path) -> dict[str, torch.Tensor]:

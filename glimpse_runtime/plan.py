@@ -95,7 +95,9 @@ class PrunePlan:
         stage = self.stages[0]
         if stage.at.index < 0:
             raise GlimpseError(f"plan {self.name!r}: layer must be >= 0, found {stage.at.index}")
-        late = [layer for layer in (stage.score.query_layers if stage.score else ()) if layer > stage.at.index]
+        late = [
+            layer for layer in (stage.score.query_layers if stage.score else ()) if layer > stage.at.index
+        ]
         if late:
             raise GlimpseError(
                 f"plan {self.name!r}: scores are read in layers {late}, after the stage in layer {stage.at.index}"

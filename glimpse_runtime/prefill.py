@@ -86,7 +86,11 @@ class Prefill:
         self._prepared = scorer.prepare(vision.taps, layout) if scorer and vision and layout else None
         self._stage_layer = min(self.plan.stages[0].at.index, self.decoder.config.num_layers - 1)
         self._workspace = Workspace.allocate(
-            self.decoder.config, self._stage_layer + 1, self.batch.num_rows, self.decoder.dtype, self.batch.device
+            self.decoder.config,
+            self._stage_layer + 1,
+            self.batch.num_rows,
+            self.decoder.dtype,
+            self.batch.device,
         )
         self._seen: list[torch.Tensor] = []
         for number in range(self._stage_layer):
@@ -182,8 +186,9 @@ class Prefill:
         self.pool = self._allocate(bounds)
         index = selection.index[:rows]
         stream = self._stream
-        kept = Stream(*(_like(t, rows) for t in (stream.hidden,)), None, _like(stream.cos, rows), _like(stream.sin, rows))
-        x, positions = _like(self._x, rows), _like(batch.positions.T, rows)
+        every_position = batch.positions.T.contiguous()
+        kept = Stream(_like(stream.hidden, rows), None, _like(stream.cos, rows), _like(stream.sin, rows))
+        x, positions = _like(self._x, rows), _like(every_position, rows)
         compact(
             index,
             self.pool.prefill_slots(selection.cu_seqlens, rows),
@@ -196,7 +201,7 @@ class Prefill:
                 (self._x, x),
                 (stream.cos, kept.cos),
                 (stream.sin, kept.sin),
-                (batch.positions.T.contiguous(), positions),
+                (every_position, positions),
             ],
         )
         self.kept_positions = positions.T
@@ -213,7 +218,9 @@ class Prefill:
         rope(q, None, self._stream.cos, self._stream.sin)
         sequence = torch.bucketize(index, batch.cu_seqlens[1:], right=True)
         seen_from = index - batch.cu_seqlens[sequence]
-        attended = attention(q, keys, values, cu, batch.cu_seqlens, causal=True, q_positions=seen_from.to(torch.int32))
+        attended = attention(
+            q, keys, values, cu, batch.cu_seqlens, causal=True, q_positions=seen_from.to(torch.int32)
+        )
         decoder.finish_layer(layer, self._stream, attended)
         del self._workspace, self._x
         self.timings.after += time.perf_counter() - began
@@ -245,12 +252,23 @@ class Prefill:
                 cu_q = _with_gaps(cu)
             else:
                 k, v = (decoder.heads(part) for part in layer.qkv.tail(1)(x))
-                rope(k[:, :0], k, self._stream.cos, self._stream.sin, v=v, k_out=keys, v_out=values, slots=slots)
+                rope(
+                    k[:, :0],
+                    k,
+                    self._stream.cos,
+                    self._stream.sin,
+                    v=v,
+                    k_out=keys,
+                    v_out=values,
+                    slots=slots,
+                )
                 self._stream, x, _ = self._last_rows(cu, self._stream, x, None)
                 q = decoder.heads(layer.qkv.parts[0](x))
                 rope(q, None, self._stream.cos, self._stream.sin)
                 cu_q = _with_gaps(self._one_each())
-            attended = attention(q, keys, values, cu_q, cu_k, causal=True, max_seqlen_q=max(self.batch.lengths))
+            attended = attention(
+                q, keys, values, cu_q, cu_k, causal=True, max_seqlen_q=max(self.batch.lengths)
+            )
             decoder.finish_layer(layer, self._stream, attended)
         self.last_logits = decoder.logits(self._stream)
         del self._stream, self._cos, self._sin

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import GenerationConfig
@@ -111,7 +111,9 @@ def token_budget(config: GenerationConfig, prompt: int) -> int:
     else:
         budget = 20
     if budget < 1:
-        raise GlimpseError(f"expected room for at least one new token, found {budget} (prompt of {prompt} tokens)")
+        raise GlimpseError(
+            f"expected room for at least one new token, found {budget} (prompt of {prompt} tokens)"
+        )
     return budget
 
 
@@ -129,10 +131,10 @@ class PerRow(LogitsProcessor):
         for ids, row, padding in zip(input_ids, scores, self._padding, strict=True):
             seen = torch.cat([ids[:prompt][~padding], ids[prompt:]])
             rows.append(self._inner(seen[None], row[None]))
-        return torch.cat(rows)
+        return cast(torch.FloatTensor, torch.cat(rows))
 
 
-def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any, device: torch.device) -> LogitsProcessorList:
+def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any) -> LogitsProcessorList:
     """The logits processors of a call, in Hugging Face's order; empty for plain greedy decoding.
 
     Args:
@@ -140,7 +142,7 @@ def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any, devi
     """
     chain = LogitsProcessorList()
     ends = eos_ids(config)
-    prompt = padding.shape[1]
+    prompt, device = padding.shape[1], str(padding.device)
     if config.repetition_penalty not in (None, 1.0):
         chain.append(PerRow(RepetitionPenaltyLogitsProcessor(penalty=config.repetition_penalty), padding))
     if config.no_repeat_ngram_size:
@@ -171,7 +173,9 @@ def stopping(config: GenerationConfig, length: int, tokenizer: Any, extra: Any) 
         criteria.append(EosTokenCriteria(eos_token_id=eos_ids(config)))
     if config.stop_strings is not None:
         if tokenizer is None:
-            raise GlimpseError("stop_strings: expected the tokenizer too (generate(..., tokenizer=...)), found none")
+            raise GlimpseError(
+                "stop_strings: expected the tokenizer too (generate(..., tokenizer=...)), found none"
+            )
         criteria.append(StopStringCriteria(stop_strings=config.stop_strings, tokenizer=tokenizer))
     if extra is not None:
         criteria.extend(extra)

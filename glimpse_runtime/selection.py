@@ -87,7 +87,9 @@ def row_bounds(batch: PackedBatch, budget: Budget) -> list[int]:
     for start, stop in _groups(batch.pictures, budget.group):
         members = [p for p in batch.pictures if start <= p.start < stop]
         size = stop - start
-        most = max(_cap(size, budget.max_remain_ratio), min(budget.min_remain_num, size)) + anchors * len(members)
+        most = max(_cap(size, budget.max_remain_ratio), min(budget.min_remain_num, size)) + anchors * len(
+            members
+        )
         bounds[members[0].row] -= size - min(size, most)
     return bounds
 

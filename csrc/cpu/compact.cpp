@@ -32,6 +32,21 @@ GLIMPSE_INLINE void copy_rows(const glimpse_compact_params& p, const glimpse_com
   }
 }
 
+// Rows that lie without gaps: neighbours that stay neighbours (text, mostly) go in one move.
+void copy_runs(const glimpse_compact_params& p, const glimpse_compact_copy& c, const char* src, char* dst, int64_t begin,
+               int64_t end) {
+  const auto target = [&](int64_t i) -> int64_t { return c.to_slots ? p.slots[i] : i; };
+  for (int64_t i = begin; i < end;) {
+    const int64_t from = p.index[i], to = target(i);
+    int64_t length = 1;
+    if (from >= 0 && to >= 0) {
+      while (i + length < end && p.index[i + length] == from + length && target(i + length) == to + length) ++length;
+      memcpy(dst + to * c.row_bytes, src + from * c.row_bytes, static_cast<size_t>(length * c.row_bytes));
+    }
+    i += length;
+  }
+}
+
 void run_task(const glimpse_compact_params& p, const glimpse_compact_copy& c, int64_t task) {
   const int64_t per_layer = tasks_per_layer(c, p.count);
   const int64_t layer = task / per_layer;
@@ -40,6 +55,8 @@ void run_task(const glimpse_compact_params& p, const glimpse_compact_copy& c, in
   const int64_t end = begin + rows < p.count ? begin + rows : p.count;
   const char* src = static_cast<const char*>(c.src) + layer * c.src_layer_stride;
   char* dst = static_cast<char*>(c.dst) + layer * c.dst_layer_stride;
+  if (c.src_stride == c.row_bytes && c.dst_stride == c.row_bytes && c.row_bytes >= 16)
+    return copy_runs(p, c, src, dst, begin, end);
   switch (c.row_bytes) {
     case 1:
       return copy_rows<1>(p, c, src, dst, begin, end);

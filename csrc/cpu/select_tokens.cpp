@@ -3,8 +3,9 @@
 //
 // The tokens above a threshold are the best ones, as many as there are. So what a group keeps before its forced tokens
 // is always its best k, with k = max(min(above, cap), floor). Where k is not the threshold's own count, the k-th best score
-// is found by a radix select: scores become unsigned keys of the same order, and four histograms of eight bits narrow
-// the cut down from the top. No sorting, no memory, and the same answer whatever the number of threads.
+// is found by a radix select: scores become unsigned keys of the same order, and histograms of their digits narrow the
+// cut down from the top; after the first one only the few tokens that share the cut's digit are looked at. The answer is
+// exact and the same whatever the number of threads.
 #include "glimpse/select_tokens.h"
 
 #include "cpu/isa.h"
@@ -22,47 +23,89 @@ GLIMPSE_INLINE uint32_t key_of(float score) {
 }
 
 struct Cut {
-  uint32_t key;  // of the last token that stays
-  int64_t ties;  // how many of the tokens with this key stay
+  uint32_t key;   // of the last token that stays
+  int64_t ties;   // how many of the tokens with this key stay
+  int64_t equal;  // how many there are
 };
 
-// Where the best k of n end, 1 <= k <= n.
-Cut find_cut(const float* logits, int64_t n, int64_t k) {
-  uint32_t prefix = 0, mask = 0;
-  for (int shift = 24; shift >= 0; shift -= 8) {
-    int64_t histogram[256] = {};
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t key = key_of(logits[i]);
-      if ((key & mask) == prefix) ++histogram[(key >> shift) & 255u];
-    }
-    int digit = 255;
-    for (; digit > 0 && histogram[digit] < k; --digit) k -= histogram[digit];
-    prefix |= static_cast<uint32_t>(digit) << shift;
-    mask |= 255u << shift;
+constexpr int kTopBits = 11;
+
+// Where the best k of n end, 1 <= k <= n. `keys` holds n keys and is overwritten.
+Cut find_cut(uint32_t* keys, int64_t n, int64_t k) {
+  constexpr int kTop = 1 << kTopBits, kTopShift = 32 - kTopBits;
+  // Two histograms by turns: scores that are close share a digit, and one counter would wait for itself.
+  int32_t top[2][kTop] = {};
+  int64_t i = 0;
+  for (; i + 2 <= n; i += 2) {
+    ++top[0][keys[i] >> kTopShift];
+    ++top[1][keys[i + 1] >> kTopShift];
   }
-  return Cut{prefix, k};
+  if (i < n) ++top[0][keys[i] >> kTopShift];
+  uint32_t digit = kTop - 1;
+  for (; digit > 0; --digit) {
+    const int64_t count = top[0][digit] + top[1][digit];
+    if (count >= k) break;
+    k -= count;
+  }
+  int64_t candidates = 0;
+  for (i = 0; i < n; ++i) {
+    const uint32_t key = keys[i];
+    keys[candidates] = key;
+    candidates += (key >> kTopShift) == digit;
+  }
+  uint32_t prefix = digit << kTopShift;
+  for (int shift = kTopShift; shift > 0;) {
+    shift -= 7;
+    int32_t histogram[128] = {};
+    for (i = 0; i < candidates; ++i) ++histogram[(keys[i] >> shift) & 127u];
+    for (digit = 127; digit > 0 && histogram[digit] < k; --digit) k -= histogram[digit];
+    int64_t left = 0;
+    for (i = 0; i < candidates; ++i) {
+      const uint32_t key = keys[i];
+      keys[left] = key;
+      left += ((key >> shift) & 127u) == digit;
+    }
+    candidates = left;
+    prefix |= digit << shift;
+  }
+  return Cut{prefix, k, candidates};
 }
 
-void select_group(const glimpse_select_tokens_params& p, int64_t group) {
+// Keeps the best k of n; false if there is no memory for the keys.
+bool keep_best(const float* logits, uint8_t* keep, int64_t n, int64_t k) {
+  auto* keys = static_cast<uint32_t*>(thread_scratch(static_cast<size_t>(n) * sizeof(uint32_t)));
+  if (keys == nullptr) return false;
+  for (int64_t i = 0; i < n; ++i) keys[i] = key_of(logits[i]);
+  const Cut cut = find_cut(keys, n, k);
+  for (int64_t i = 0; i < n; ++i) keep[i] = key_of(logits[i]) >= cut.key;
+  // Of equals the lower indices stay: take the surplus away from the end.
+  int64_t surplus = cut.equal - cut.ties;
+  for (int64_t i = n - 1; surplus > 0; --i) {
+    const bool tied = key_of(logits[i]) == cut.key;
+    keep[i] &= !tied;
+    surplus -= tied;
+  }
+  return true;
+}
+
+bool select_group(const glimpse_select_tokens_params& p, int64_t group) {
   const int64_t begin = p.cu_groups[group], n = p.cu_groups[group + 1] - begin;
   const float* logits = p.logits + begin;
   uint8_t* keep = p.keep + begin;
-  int64_t above = 0;
+  int32_t above_count = 0;
   for (int64_t i = 0; i < n; ++i) {
-    keep[i] = logits[i] > p.threshold;
-    above += keep[i];
+    const bool above = logits[i] > p.threshold;
+    keep[i] = above;
+    above_count += above;
   }
+  const int64_t above = above_count;
   int64_t k = above;
   if (k > p.caps[group]) k = p.caps[group] > 0 ? p.caps[group] : 0;
   if (k < p.floors[group]) k = p.floors[group] < n ? p.floors[group] : n;
   if (k >= n || k == 0) {
     memset(keep, k > 0, static_cast<size_t>(n));
-  } else if (k != above) {
-    Cut cut = find_cut(logits, n, k);
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t key = key_of(logits[i]);
-      keep[i] = key > cut.key || (key == cut.key && cut.ties-- > 0);
-    }
+  } else if (k != above && !keep_best(logits, keep, n, k)) {
+    return false;
   }
   int64_t count = k;
   if (p.forced != nullptr) {
@@ -73,6 +116,7 @@ void select_group(const glimpse_select_tokens_params& p, int64_t group) {
     }
   }
   p.counts[group] = static_cast<int32_t>(count);
+  return true;
 }
 
 glimpse_status check_bounds(const char* name, const int32_t* cu, int64_t segments, int64_t limit) {
@@ -97,25 +141,33 @@ glimpse_status select_tokens(const glimpse_select_tokens_params& p) {
     if (p.token_rows[i] < 0 || p.token_rows[i] >= p.rows)
       return fail(GLIMPSE_INVALID, "select_tokens: token_rows[%lld]: expected a row in [0, %lld), found %d",
                   static_cast<long long>(i), static_cast<long long>(p.rows), p.token_rows[i]);
-  auto* stays = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(p.rows) + 1));
-  if (stays == nullptr) return fail(GLIMPSE_OUT_OF_MEMORY, "select_tokens: no memory for %lld flags",
-                                    static_cast<long long>(p.rows));
-
-  const int64_t grain = p.groups > 0 ? 1 + 8192 * p.groups / (p.tokens + p.groups) : 1;
+  const int64_t grain = p.groups > 0 ? 1 + 16384 * p.groups / (p.tokens + p.groups) : 1;
+  bool memory = true;  // only ever set to false, by whichever thread
   parallel_range(p.groups, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t group = begin; group < end; ++group) select_group(p, group);
+    for (int64_t group = begin; group < end; ++group)
+      if (!select_group(p, group)) __atomic_store_n(&memory, false, __ATOMIC_RELAXED);
   });
+  auto* stays = static_cast<uint8_t*>(thread_scratch(static_cast<size_t>(p.rows) + 1));
+  if (stays == nullptr || !memory)
+    return fail(GLIMPSE_OUT_OF_MEMORY, "select_tokens: no scratch memory for %lld tokens in %lld rows",
+                static_cast<long long>(p.tokens), static_cast<long long>(p.rows));
 
   memcpy(stays, p.row_keep, static_cast<size_t>(p.rows));
   for (int64_t i = 0; i < p.tokens; ++i) stays[p.token_rows[i]] |= p.keep[i];
-  int64_t kept = 0, sequence = 0;
-  for (int64_t row = 0; row <= p.rows; ++row) {
-    for (; sequence <= p.sequences && p.cu_seqlens[sequence] == row; ++sequence)
-      p.cu_out[sequence] = static_cast<int32_t>(kept);
-    if (row == p.rows || !stays[row]) continue;
-    if (kept < p.capacity) p.index[kept] = static_cast<int32_t>(row);
-    ++kept;
+  // Without a branch on whether a row stays: write it, and let the next one overwrite it if it does not.
+  int64_t kept = 0, row = 0;
+  const auto walk_to = [&](int64_t end) {
+    for (; row < end && kept < p.capacity; ++row) {
+      p.index[kept] = static_cast<int32_t>(row);
+      kept += stays[row];
+    }
+    for (; row < end; ++row) kept += stays[row];
+  };
+  for (int64_t sequence = 0; sequence <= p.sequences; ++sequence) {
+    walk_to(p.cu_seqlens[sequence]);
+    p.cu_out[sequence] = static_cast<int32_t>(kept);
   }
+  walk_to(p.rows);
   for (int64_t i = kept; i < p.capacity; ++i) p.index[i] = -1;
   return GLIMPSE_OK;
 }

@@ -31,7 +31,7 @@ glimpse_status run(const glimpse_swiglu_params& p) {
   // Long rows are cut, so that one row (decoding) still fills the threads.
   constexpr int64_t kPiece = 8192;
   const int64_t pieces = (p.cols + kPiece - 1) / kPiece;
-  const int64_t grain = 1 + kPiece / p.cols;
+  const int64_t grain = 1 + 4 * kPiece / smaller(p.cols, kPiece);  // waking a thread costs as much as 32 k elements
   parallel_range(p.rows * pieces, grain, [&](int64_t begin, int64_t end) {
     for (int64_t task = begin; task < end; ++task) {
       const int64_t r = task / pieces;

@@ -27,6 +27,31 @@ def rms_norm(
 
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
+    # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
+    if (
+        out is not None
+        or len(x.shape) != 2
+        or weight.shape != x.shape[1:]
+        or weight.dtype is not x.dtype
+        or weight.device != x.device
+        or x.stride(1) != 1
+        or weight.stride(0) != 1
+        or (
+            residual is not None
+            and (
+                residual.shape != x.shape
+                or residual.dtype is not x.dtype
+                or residual.device != x.device
+                or residual.stride(1) != 1
+            )
+        )
+    ):
+        _check(x, weight, residual, out)
+    serve = dispatch.select("rms_norm", x.device, x.dtype, grad=check.needs_grad(x, weight, residual))
+    return serve(x, weight, eps, residual=residual, out=out)
+
+
+def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | None) -> None:
     op = "rms_norm"
     if x.dim() < 1:
         raise ValueError(f"{op}: x: expected shape [..., C], found {check.describe(x)}")
@@ -38,5 +63,3 @@ def rms_norm(
             check.expect_shape(op, name, t, x.shape, "x's shape")
     check.expect_last_contiguous(op, x=x, weight=weight, residual=residual, out=out)
     check.expect_same_device(op, x.device, weight=weight, residual=residual, out=out)
-    serve = dispatch.select(op, x.device, x.dtype, grad=check.needs_grad(x, weight, residual))
-    return serve(x, weight, eps, residual=residual, out=out)

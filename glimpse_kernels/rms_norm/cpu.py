@@ -15,7 +15,7 @@ def rms_norm(
 ) -> Tensor:
     """See `glimpse_kernels.rms_norm`; arguments are checked there."""
     if out is None:
-        out = torch.empty(x.shape, dtype=x.dtype)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
     if x.dim() == 2:
         _rows(x, weight, eps, residual, out)
         return out

@@ -14,7 +14,7 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """See `glimpse_kernels.swiglu`; arguments are checked there."""
     rows, cols = gate.shape
     if out is None:
-        out = torch.empty(rows, cols, dtype=gate.dtype)
+        out = torch.empty_like(gate, memory_format=torch.contiguous_format)
     extension().swiglu(
         gate.data_ptr(),
         up.data_ptr(),

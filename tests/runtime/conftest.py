@@ -89,7 +89,7 @@ def make_batch(
         padded[r, at] = torch.tensor(tokens)
         mask[r, at] = 1
 
-    def pack(tokens: torch.Tensor, mask: torch.Tensor, grid: torch.Tensor, pixel: torch.Tensor) -> dict[str, torch.Tensor]:
+    def pack(tokens, mask, grid, pixel):
         inputs = {"input_ids": tokens, "attention_mask": mask}
         return inputs | ({"pixel_values": pixel, "image_grid_thw": grid} if len(grid) else {})
 

@@ -20,7 +20,9 @@ def test_round_trip_leaves_the_model_as_it_was(golden_inputs):
     plain = hf.generate(**inputs, max_new_tokens=8, do_sample=False)
 
     assert glimpse.accelerate(hf, GOLDEN / "gp_v1") is hf
-    pruned = hf.generate(**inputs, max_new_tokens=16, do_sample=False, eos_token_id=None, return_dict_in_generate=True)
+    pruned = hf.generate(
+        **inputs, max_new_tokens=16, do_sample=False, eos_token_id=None, return_dict_in_generate=True
+    )
     stored = np.load(GOLDEN / "case_v1_square.npz")
     np.testing.assert_array_equal(pruned.sequences[:, -16:], stored["greedy_ids"])
     assert torch.equal(hf.generate(**inputs, max_new_tokens=8, do_sample=False, plan=None), plain)

@@ -54,7 +54,8 @@ def test_missing_and_left_over_base_keys(base):
         tensors["model.layers.0.mlp.extra.weight"] = tensors.pop("model.layers.2.mlp.up_proj.weight")
 
     edit_weights(base, change)
-    with refused(r"missing 1: text\.layers\.2\.mlp\.up_proj\.weight; left over 1: model\.layers\.0\.mlp\.extra\.weight"):
+    lacking, unknown = r"text\.layers\.2\.mlp\.up_proj\.weight", r"model\.layers\.0\.mlp\.extra\.weight"
+    with refused(f"missing 1: {lacking}; left over 1: {unknown}"):
         load(base)
 
 
@@ -98,7 +99,9 @@ def test_unknown_dtype():
 
 def test_modules_for_another_base(modules):
     edit_json(modules / "config.json", hidden_size=2048, num_hidden_layers=36)
-    with refused(r"another base: the given base has hidden_size 128 \(the modules were made for 2048\), num_hidden"):
+    with refused(
+        r"another base: the given base has hidden_size 128 \(the modules were made for 2048\), num_hidden"
+    ):
         load(modules=modules)
 
 
@@ -126,8 +129,14 @@ def test_missing_settings(modules):
         (lambda p: p["attn_fuser"].pop("layers.2.norm1.weight"), "missing layers.2.norm1.weight"),
         (lambda p: p["attn_fuser"].update(extra=torch.ones(1)), "left-over keys extra"),
         (lambda p: p.pop("le_norm"), "expected the entries"),
-        (lambda p: p.update(learnable_embeddings=torch.ones(6, 2, 128)), r"expected shape \[6, 1, 128\], found \[6, 2, 128\]"),
-        (lambda p: p["le_proj"].pop("bias"), r"le_proj: expected the keys \['bias', 'weight'\], found \['weight'\]"),
+        (
+            lambda p: p.update(learnable_embeddings=torch.ones(6, 2, 128)),
+            r"expected shape \[6, 1, 128\], found \[6, 2",
+        ),
+        (
+            lambda p: p["le_proj"].pop("bias"),
+            r"le_proj: expected the keys \['bias', 'weight'\], found \['weight'\]",
+        ),
     ],
 )
 def test_module_keys(modules, change, match):
@@ -178,7 +187,10 @@ def changed(**changes):
 @pytest.mark.parametrize(
     ("inputs", "match"),
     [
-        (changed(input_ids=torch.ones(4, dtype=torch.int64)), r"expected an integer tensor \[batch, length\]"),
+        (
+            changed(input_ids=torch.ones(4, dtype=torch.int64)),
+            r"expected an integer tensor \[batch, length\]",
+        ),
         (changed(attention_mask=torch.ones(1, 3)), "expected the shape of input_ids"),
         (changed(attention_mask=torch.zeros(1, 29, dtype=torch.int64)), "found only padding"),
         (changed(image_grid_thw=torch.tensor([[1, 6, 12]])), r"expected \[72, 1176\]"),

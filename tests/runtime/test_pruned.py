@@ -17,7 +17,9 @@ ROWS = [[5, (3, 5), 7], [9], [2, (1, 1), 3, (6, 2), 4], [1, (9, 7), 2]]
 
 def assert_same_row(batch_result, row, alone_result, layers):
     torch.testing.assert_close(batch_result.last_logits[row], alone_result.last_logits[0], atol=2e-5, rtol=0)
-    torch.testing.assert_close(batch_result.kept_positions[row], alone_result.kept_positions[0], atol=0, rtol=0)
+    torch.testing.assert_close(
+        batch_result.kept_positions[row], alone_result.kept_positions[0], atol=0, rtol=0
+    )
     for layer in range(layers):
         for ours, theirs in zip(batch_result.kv(row, layer), alone_result.kv(0, layer), strict=True):
             torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=0)
@@ -56,9 +58,9 @@ def test_any_packing(model, rows, side, seed, mask):
     batch, alone = make_batch(rows, side=side, seed=seed)
     tokens = [sum(h * w for h, w in (s for s in r if isinstance(s, tuple))) for r in rows]
     generator = torch.Generator().manual_seed(seed)
-    keep = {"all": torch.ones, "none": torch.zeros}.get(mask, lambda n: torch.randint(0, 2, (n,), generator=generator))(
-        sum(tokens)
-    )
+    keep = {"all": torch.ones, "none": torch.zeros}.get(
+        mask, lambda n: torch.randint(0, 2, (n,), generator=generator)
+    )(sum(tokens))
     options = {} if mask == "predicted" else {"min_remain_num": 0}
     together = model.prefill(**batch, **options, **({} if mask == "predicted" else {"ref_masks": keep}))
     at = 0
@@ -94,7 +96,10 @@ def test_pruning_inside_the_layer_equals_finishing_it_and_dropping_afterwards(mo
         seen = core.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"]).pooler_output
         embeds[ids == 606] = seen
         positions, _ = core.get_rope_index(
-            ids, hf_inputs["mm_token_type_ids"], inputs["image_grid_thw"], attention_mask=inputs["attention_mask"]
+            ids,
+            hf_inputs["mm_token_type_ids"],
+            inputs["image_grid_thw"],
+            attention_mask=inputs["attention_mask"],
         )
         rows = torch.ones(ids.shape[1], dtype=torch.bool)
         rows[ids[0] == 606] = keep

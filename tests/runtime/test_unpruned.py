@@ -95,5 +95,11 @@ def test_weights_of_a_loaded_model_are_shared(hf_model):
     shared = share_base(hf_model)
     layers = hf_model.model.language_model.layers
     assert shared.decoder.layers[2].down.weight.data_ptr() == layers[2].mlp.down_proj.weight.data_ptr()
-    assert shared.decoder.layers[0].qkv.parts[1].weight.data_ptr() == layers[0].self_attn.k_proj.weight.data_ptr()
-    assert shared.vision.patch_embed.weight.data_ptr() == hf_model.model.visual.patch_embed.proj.weight.data_ptr()
+    assert (
+        shared.decoder.layers[0].qkv.parts[1].weight.data_ptr()
+        == layers[0].self_attn.k_proj.weight.data_ptr()
+    )
+    assert (
+        shared.vision.patch_embed.weight.data_ptr()
+        == hf_model.model.visual.patch_embed.proj.weight.data_ptr()
+    )

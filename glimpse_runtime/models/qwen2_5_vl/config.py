@@ -85,7 +85,9 @@ class ModelConfig:
         _require("text hidden_act", text.hidden_act, "silu")
         _require("vision hidden_act", vision.hidden_act, "silu")
         if getattr(text, "use_sliding_window", False):
-            raise CheckpointError("use_sliding_window=true is not supported: expected full attention in every layer")
+            raise CheckpointError(
+                "use_sliding_window=true is not supported: expected full attention in every layer"
+            )
         rope = dict(text.rope_parameters)
         _require("rope type", rope.get("rope_type", "default"), "default")
         head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -105,7 +107,7 @@ class ModelConfig:
                 vocab_size=text.vocab_size,
                 eps=text.rms_norm_eps,
                 rope_theta=float(rope.get("rope_theta", 1e6)),
-                mrope_section=sections,  # type: ignore[arg-type]
+                mrope_section=(sections[0], sections[1], sections[2]),
                 max_positions=text.max_position_embeddings,
                 tie_word_embeddings=bool(config.tie_word_embeddings),
             ),

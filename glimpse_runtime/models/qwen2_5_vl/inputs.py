@@ -14,7 +14,9 @@ from glimpse_runtime.models.qwen2_5_vl.layout import Grid
 from glimpse_runtime.packing import PackedBatch, Picture
 
 
-def read_grids(name: str, grids: torch.Tensor | None, pixels: torch.Tensor | None, config: ModelConfig) -> list[Grid]:
+def read_grids(
+    name: str, grids: torch.Tensor | None, pixels: torch.Tensor | None, config: ModelConfig
+) -> list[Grid]:
     """Check `[images, 3]` grids against their `[patches, patch_dim]` pixels; return them as tuples."""
     vision = config.vision
     if grids is None or pixels is None:
@@ -99,7 +101,9 @@ def pack(
                 continue
             kind = token_of[int(tokens[at])]
             if not queues[kind]:
-                raise GlimpseError(f"row {row}: more {kind} tokens in input_ids than {kind} grids account for")
+                raise GlimpseError(
+                    f"row {row}: more {kind} tokens in input_ids than {kind} grids account for"
+                )
             number, (t, h, w) = queues[kind].pop(0)
             mh, mw = h // merge, w // merge
             count = t * mh * mw
@@ -156,9 +160,13 @@ def pack(
     )
 
 
-def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> tuple[np.ndarray, list[np.ndarray]]:
+def _unpad(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+) -> tuple[np.ndarray, list[np.ndarray]]:
     if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise GlimpseError(f"input_ids: expected an integer tensor [batch, length], found {_describe(input_ids)}")
+        raise GlimpseError(
+            f"input_ids: expected an integer tensor [batch, length], found {_describe(input_ids)}"
+        )
     if input_ids.shape[0] == 0:
         raise GlimpseError("input_ids: expected at least one row, found an empty batch")
     ids = input_ids.cpu().numpy().astype(np.int64)

@@ -34,7 +34,9 @@ class LinearGroup:
             weight = torch.cat([part.weight for part in parts])
             bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])  # type: ignore[misc]
             self._fused: Linear | None = Linear(weight, bias)
-            self.parts = [Linear(w, b) for w, b in zip(weight.split(self.sizes), self._split(bias), strict=True)]
+            self.parts = [
+                Linear(w, b) for w, b in zip(weight.split(self.sizes), self._split(bias), strict=True)
+            ]
         else:
             self._fused = None
             self.parts = list(parts)

@@ -51,7 +51,9 @@ class VisionTower:
     merger_in: Linear
     merger_out: Linear
 
-    def __call__(self, pixel_values: torch.Tensor, layout: VisionLayout, taps: Iterable[int] = ()) -> VisionOutput:
+    def __call__(
+        self, pixel_values: torch.Tensor, layout: VisionLayout, taps: Iterable[int] = ()
+    ) -> VisionOutput:
         """Encode `pixel_values [P, patch_dim]` (any float dtype, processor order).
 
         `taps` names the blocks whose pooled output is wanted.
@@ -63,7 +65,9 @@ class VisionTower:
         hidden = hidden.index_select(0, layout.patch_order)
         delta: torch.Tensor | None = None
         for number, block in enumerate(self.blocks):
-            x = rms_norm(hidden if delta is None else delta, block.norm1, config.eps, residual=_after(hidden, delta))
+            x = rms_norm(
+                hidden if delta is None else delta, block.norm1, config.eps, residual=_after(hidden, delta)
+            )
             if number - 1 in wanted:  # the norm has just completed the stream of the block before
                 found[number - 1] = self._pool(hidden, layout)
             cu = layout.cu_frames if number in config.full_attention_blocks else layout.cu_windows
@@ -71,13 +75,17 @@ class VisionTower:
             x = rms_norm(delta, block.norm2, config.eps, residual=hidden)
             gate, up = block.gate_up(x)
             delta = block.down(swiglu(gate, up))
-        x = rms_norm(hidden if delta is None else delta, self.merger_norm, config.eps, residual=_after(hidden, delta))
+        x = rms_norm(
+            hidden if delta is None else delta, self.merger_norm, config.eps, residual=_after(hidden, delta)
+        )
         if len(self.blocks) - 1 in wanted:
             found[len(self.blocks) - 1] = self._pool(hidden, layout)
         merged = self.merger_out(F.gelu(self.merger_in(x.view(-1, x.shape[-1] * config.merge_unit))))
         return VisionOutput(merged.index_select(0, layout.token_rank), found)
 
-    def _attend(self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, cu: torch.Tensor) -> torch.Tensor:
+    def _attend(
+        self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, cu: torch.Tensor
+    ) -> torch.Tensor:
         config = self.config
         q, k, v = block.qkv(x).view(-1, 3, config.num_heads, config.head_dim).unbind(1)
         rope(q, k, layout.cos, layout.sin)

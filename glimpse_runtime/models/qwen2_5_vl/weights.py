@@ -55,7 +55,9 @@ class WeightReader:
         self._left.discard(name)
         tensor = self._read(self._source[name])
         if tuple(tensor.shape) != shape:
-            raise CheckpointError(f"{self._source[name]}: expected shape {list(shape)}, found {list(tensor.shape)}")
+            raise CheckpointError(
+                f"{self._source[name]}: expected shape {list(shape)}, found {list(tensor.shape)}"
+            )
         return tensor
 
     def has(self, name: str) -> bool:
@@ -65,7 +67,9 @@ class WeightReader:
         self._left.discard(name)
 
     def linear(self, name: str, rows: int, cols: int, *, bias: bool) -> Linear:
-        return Linear(self.take(f"{name}.weight", rows, cols), self.take(f"{name}.bias", rows) if bias else None)
+        return Linear(
+            self.take(f"{name}.weight", rows, cols), self.take(f"{name}.bias", rows) if bias else None
+        )
 
     def group(self, parts: list[Linear]) -> LinearGroup:
         return LinearGroup(parts, fuse=self.fuse)
@@ -75,7 +79,10 @@ class WeightReader:
         if self._missing or self._left:
             told = [
                 f"{what} {len(names)}: {', '.join(sorted(names)[:8])}{', ...' if len(names) > 8 else ''}"
-                for what, names in (("missing", self._missing), ("left over", [self._source[n] for n in self._left]))
+                for what, names in (
+                    ("missing", self._missing),
+                    ("left over", [self._source[n] for n in self._left]),
+                )
                 if names
             ]
             raise CheckpointError(f"checkpoint keys do not match the config: {'; '.join(told)}")
@@ -97,7 +104,10 @@ def read_vision(reader: WeightReader, config: ModelConfig) -> VisionTower:
                 proj=reader.linear(f"{at}.attn.proj", width, width, bias=True),
                 norm2=reader.take(f"{at}.norm2.weight", width),
                 gate_up=reader.group(
-                    [reader.linear(f"{at}.mlp.{name}_proj", inner, width, bias=True) for name in ("gate", "up")]
+                    [
+                        reader.linear(f"{at}.mlp.{name}_proj", inner, width, bias=True)
+                        for name in ("gate", "up")
+                    ]
                 ),
                 down=reader.linear(f"{at}.mlp.down_proj", width, inner, bias=True),
             )
