@@ -252,3 +252,19 @@ def select(op: str, device: torch.device | str, dtype: torch.dtype, *, grad: boo
         found = getattr(importlib.import_module(_module_name(row)), op)
         _cache[key] = found
     return found
+
+
+def table_markdown() -> str:
+    """The support table as Markdown, one row an op (docs/kernels.md holds it, a test compares)."""
+
+    def cell(op: str, backend: str) -> str:
+        for row in _BY_OP[op]:
+            if row.backend == backend:
+                return "any dtype" if row.dtypes is None else ", ".join(_dtype_name(d) for d in row.dtypes)
+        return "–"
+
+    backends = [b for b in reversed(BACKENDS) if any(row.backend == b for row in _TABLE)]
+    names = {"naive": "naive (any device)", "cpu": "cpu (C++)", "triton": "triton (CUDA)", "cuda": "cuda"}
+    lines = ["| op | " + " | ".join(names[b] for b in backends) + " |", "| --- |" + " --- |" * len(backends)]
+    lines += [f"| `{op}` | " + " | ".join(cell(op, b) for b in backends) + " |" for op in _BY_OP]
+    return "\n".join(lines)

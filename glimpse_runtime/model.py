@@ -15,7 +15,7 @@ from glimpse_runtime import generate as generation
 from glimpse_runtime.decode import DecodeLoop
 from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
 from glimpse_runtime.loading import BaseModel, load_base, share_base
-from glimpse_runtime.models.qwen2_5_vl.inputs import pack, read_grids
+from glimpse_runtime.models.qwen2_5_vl.inputs import check_ids, pack, read_grids
 from glimpse_runtime.models.qwen2_5_vl.layout import vision_layout
 from glimpse_runtime.modules import GlimpseModules
 from glimpse_runtime.plan import PrunePlan
@@ -111,7 +111,7 @@ class GlimpseModel:
             UnsupportedOptionError: an option that cannot be honoured.
         """
         began = time.perf_counter()
-        ids = _require_ids(input_ids, kwargs)
+        ids = check_ids(kwargs.pop("inputs", None) if input_ids is None else input_ids)
         request = generation.Request.parse(self.generation_config, ids, kwargs)
         context = self.base.config.text.max_positions
         if ids.shape[1] + request.max_new_tokens > context and ids.shape[1] <= context:
@@ -140,7 +140,7 @@ class GlimpseModel:
             max_new_tokens: room kept for `PrefillResult.decode`.
             kwargs: processor outputs and pruning options as in `generate`.
         """
-        ids = _require_ids(input_ids, kwargs)
+        ids = check_ids(kwargs.pop("inputs", None) if input_ids is None else input_ids)
         prefill = self._prefill(ids, attention_mask, extra_rows=max_new_tokens, **kwargs)
         result = PrefillResult(self, prefill)
         if select and prefill.last_logits is None:
@@ -312,14 +312,6 @@ class PrefillResult:
     def _require_done(self) -> None:
         if self._state.last_logits is None:
             raise GlimpseError("expected a finished prefill: it waits for select()")
-
-
-def _require_ids(input_ids: torch.Tensor | None, kwargs: dict[str, Any]) -> torch.Tensor:
-    ids = kwargs.pop("inputs", None) if input_ids is None else input_ids
-    if not isinstance(ids, torch.Tensor) or ids.ndim != 2 or ids.is_floating_point():
-        found = f"{ids.dtype} {list(ids.shape)}" if isinstance(ids, torch.Tensor) else type(ids).__name__
-        raise GlimpseError(f"input_ids: expected an integer tensor [batch, length], found {found}")
-    return ids
 
 
 def _given_scores(

@@ -87,8 +87,8 @@ class BaseRun:
     """Settings of base training. A batch has about ``tokens`` image + text positions, whatever the picture size."""
 
     seed: int = 1
-    stages: tuple[Stage, ...] = (Stage(1500, _SMALL), Stage(3000, _ALL))
-    decay_steps: int = 900
+    stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1100, _ALL))
+    decay_steps: int = 500
     tokens: int = 6400
     text_length: int = 160
     muon_lr: float = 0.02
@@ -98,7 +98,7 @@ class BaseRun:
     point_weight: float = 0.3
     cell_weight: float = 0.5
     point_layers: tuple[int, int] = (5, 7)
-    short_until: int = 1000
+    short_until: int = 600
     save_every: int = 200
     eval_every: int = 200
     eval_batches: int = 4
@@ -109,16 +109,16 @@ class ModulesRun:
     """Settings of the glimpse modules' training, base frozen."""
 
     seed: int = 2
-    steps: int = 1200
-    decay_steps: int = 400
-    tokens: int = 6400
+    steps: int = 500
+    decay_steps: int = 200
+    tokens: int = 4800
     text_length: int = 160
     sizes: dict[tuple[int, int], float] = field(default_factory=lambda: dict(_ALL))
-    lr: float = 3e-3
-    warmup: int = 30
+    muon_lr: float = 0.02
+    adam_lr: float = 3e-3
+    warmup: int = 20
     dice_weight: float = 1.0
     bce_weight: float = 0.1
     answer_weight: float = 0.1
-    save_every: int = 100
-    eval_every: int = 200
-    eval_batches: int = 4
+    save_every: int = 50
+    eval_every: int = 100

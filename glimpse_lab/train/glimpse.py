@@ -117,7 +117,7 @@ def glimpse_rows(
     cos, sin = (t[:, :, 0] for t in forward.rotary(position[:, :, None]))
     cos, sin = cos[:, :, None], sin[:, :, None]
     visible = out.allowed[owner, prefix + at]
-    bias = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))[:, None]
+    bias = torch.zeros_like(visible, dtype=torch.float32).masked_fill_(~visible, float("-inf"))[:, None, None]
     vectors = modules.vectors()
     eps, dtype = forward.text_config.rms_norm_eps, torch.float32
     scores = out.logits.new_zeros(())

@@ -12,6 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from glimpse_kernels import compact
+from tests.kernels.kernel_cases import Case, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("compact"), indirect=True)
+
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -31,7 +35,10 @@ def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.f
     return t.to(dtype) if dtype.is_floating_point else (t * 1000).to(dtype)
 
 
-def loop(index: Tensor, slots: Tensor | None, pairs: list[tuple[Tensor, Tensor]], rows: list[tuple[Tensor, Tensor]]) -> None:
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+def loop(index: Tensor, slots: Tensor | None, pairs: Pairs, rows: Pairs) -> None:
     for i, row in enumerate(index.tolist()):
         if row < 0:
             continue
@@ -54,10 +61,11 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
     return {"t": t, "index": index, "slots": slots, "size": size, "layers": draw(st.integers(0, 4))}
 
 
+@all_cases
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), heads=st.integers(1, 3), d=st.sampled_from([1, 7, 32, 80]), dv=st.sampled_from([3, 64]))
-def test_against_a_loop(backend: str, dtype: torch.dtype, case: dict[str, Any], heads: int, d: int, dv: int) -> None:
+def test_against_a_loop(kernel: Case, dtype: torch.dtype, case: dict[str, Any], heads: int, d: int, dv: int) -> None:
     g = torch.Generator().manual_seed(0)
     t, size, layers = case["t"], case["size"], case["layers"]
     index, slots = ints(case["index"]), ints(case["slots"])
@@ -79,8 +87,9 @@ def test_against_a_loop(backend: str, dtype: torch.dtype, case: dict[str, Any], 
         assert torch.equal(bits(want), bits(got))
 
 
+@all_cases
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_strided_views(backend: str, dtype: torch.dtype) -> None:
+def test_strided_views(kernel: Case, dtype: torch.dtype) -> None:
     """The first layers of a pool, a workspace that is longer than its content, positions stored as [3, T]."""
     g = torch.Generator().manual_seed(1)
     layers, t, heads, d = 3, 50, 2, 16
@@ -113,7 +122,8 @@ def test_strided_views(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(bits(hidden_out[:6]), bits(hidden[kept])) and hidden_out[6:].isnan().all()
 
 
-def test_large_enough_for_threads(backend: str) -> None:
+@all_cases
+def test_large_enough_for_threads(kernel: Case) -> None:
     g = torch.Generator().manual_seed(2)
     k = random(g, 5, 1500, 2, 64, dtype=torch.bfloat16)
     v = random(g, 5, 1500, 2, 64, dtype=torch.bfloat16)
@@ -124,7 +134,8 @@ def test_large_enough_for_threads(backend: str) -> None:
     assert torch.equal(k_dst[:, slots.long()], k[:, ::2]) and torch.equal(v_dst[:, slots.long()], v[:, ::2])
 
 
-def test_rows_or_keys_only(backend: str) -> None:
+@all_cases
+def test_rows_or_keys_only(kernel: Case) -> None:
     src, dst = torch.arange(6.0).view(3, 2), torch.zeros(2, 2)
     compact(ints([2, 0]), None, None, None, None, None, [(src, dst)])
     assert dst.tolist() == [[4.0, 5.0], [0.0, 1.0]]

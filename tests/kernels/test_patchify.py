@@ -9,6 +9,10 @@ import torch
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from glimpse_kernels import patchify
+from tests.kernels.kernel_cases import Case, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("patchify"), indirect=True)
+
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -19,8 +23,9 @@ def picture(height: int, width: int) -> torch.Tensor:
     return torch.randint(0, 256, (height, width, 3), generator=g, dtype=torch.uint8)
 
 
+@all_cases
 @pytest.mark.parametrize("size", [(28, 28), (56, 84), (140, 308), (28, 252)])
-def test_processor(backend: str, size: tuple[int, int]) -> None:
+def test_processor(kernel: Case, size: tuple[int, int]) -> None:
     image = picture(*size)
     processor = Qwen2VLImageProcessorPil(do_resize=False, image_mean=list(MEAN), image_std=list(STD))
     batch = processor(images=[image.numpy()], return_tensors="np")
@@ -29,8 +34,9 @@ def test_processor(backend: str, size: tuple[int, int]) -> None:
     np.testing.assert_allclose(got.numpy(), batch["pixel_values"], rtol=3e-7, atol=2e-7)
 
 
+@all_cases
 @pytest.mark.parametrize("patch, temporal, merge", [(16, 2, 2), (14, 1, 1), (3, 3, 3), (5, 1, 2)])
-def test_other_sizes(backend: str, patch: int, temporal: int, merge: int) -> None:
+def test_other_sizes(kernel: Case, patch: int, temporal: int, merge: int) -> None:
     image = picture(2 * patch * merge, 3 * patch * merge)
     processor = Qwen2VLImageProcessorPil(
         do_resize=False,
@@ -57,7 +63,8 @@ def test_other_sizes(backend: str, patch: int, temporal: int, merge: int) -> Non
     np.testing.assert_allclose(got.numpy(), want, rtol=3e-7, atol=2e-7)
 
 
-def test_cropped_view(backend: str) -> None:
+@all_cases
+def test_cropped_view(kernel: Case) -> None:
     image = picture(60, 40)[3:59]
     whole = picture(56, 70)
     for view in (image[:, :28], whole[:, 14:70]):
@@ -65,7 +72,8 @@ def test_cropped_view(backend: str) -> None:
         assert torch.equal(got, patchify(view.contiguous(), mean=MEAN, std=STD))
 
 
-def test_every_value_of_every_channel(backend: str) -> None:
+@all_cases
+def test_every_value_of_every_channel(kernel: Case) -> None:
     """Each of the 256 values, through arithmetic written out here."""
     image = torch.arange(28 * 28 * 3).remainder(256).to(torch.uint8).view(28, 28, 3)
     got = patchify(image, mean=MEAN, std=STD, merge_size=1).view(2, 2, 3, 2, 14, 14)

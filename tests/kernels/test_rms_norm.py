@@ -9,6 +9,11 @@ from torch import Tensor
 from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
 
 from glimpse_kernels import rms_norm
+from tests.kernels.kernel_cases import Case, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("rms_norm"), indirect=True)
+single = pytest.mark.parametrize("kernel", [c for c in op_cases("rms_norm") if c.id.endswith("float32")], indirect=True)
+
 
 SHAPES = [(0, 8), (1, 1), (1, 1024), (3, 7), (5, 33), (17, 80), (2, 129), (64, 640), (9, 3584)]
 
@@ -42,10 +47,11 @@ def close(got: Tensor, x: Tensor, weight: Tensor, eps: float) -> None:
         assert (got == theirs).float().mean() > 0.995
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@all_cases
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("eps", [1e-6, 1e-5])
-def test_norm(backend: str, shape: tuple[int, ...], dtype: torch.dtype, eps: float) -> None:
+def test_norm(kernel: Case, shape: tuple[int, ...], eps: float) -> None:
+    dtype = kernel.dtype
     x, weight = data(shape, dtype)
     close(rms_norm(x, weight, eps), x, weight, eps)
     out = torch.full_like(x, torch.nan)
@@ -53,9 +59,10 @@ def test_norm(backend: str, shape: tuple[int, ...], dtype: torch.dtype, eps: flo
     close(out, x, weight, eps)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@all_cases
 @pytest.mark.parametrize("shape", SHAPES)
-def test_residual(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_residual(kernel: Case, shape: tuple[int, ...]) -> None:
+    dtype = kernel.dtype
     x, weight = data(shape, dtype)
     residual = data(shape, dtype, seed=1)[0]
     total = residual + x  # torch adds in fp32 and rounds once
@@ -65,8 +72,9 @@ def test_residual(backend: str, shape: tuple[int, ...], dtype: torch.dtype) -> N
     close(got, total, weight, 1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_strided_rows_and_in_place(backend: str, dtype: torch.dtype) -> None:
+@all_cases
+def test_strided_rows_and_in_place(kernel: Case) -> None:
+    dtype = kernel.dtype
     wide, weight = data((11, 3 * 40), dtype)
     weight = weight[:40]
     x = wide[:, 40:80]
@@ -81,15 +89,17 @@ def test_strided_rows_and_in_place(backend: str, dtype: torch.dtype) -> None:
     assert torch.equal(got, want) and got.data_ptr() == x.data_ptr() and torch.equal(residual, twin_residual)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads(backend: str, dtype: torch.dtype) -> None:
+@all_cases
+def test_heads(kernel: Case) -> None:
+    dtype = kernel.dtype
     x, weight = data((6, 4, 32), dtype)
     close(rms_norm(x, weight, 1e-6), x, weight, 1e-6)
     transposed = x.transpose(0, 1)
     close(rms_norm(transposed, weight, 1e-6), transposed, weight, 1e-6)
 
 
-def test_rows_do_not_mix(backend: str) -> None:
+@single
+def test_rows_do_not_mix(kernel: Case) -> None:
     x, weight = data((8, 48), torch.float32)
     want = rms_norm(x, weight, 1e-6)
     x[3] = torch.nan
@@ -98,7 +108,8 @@ def test_rows_do_not_mix(backend: str) -> None:
     assert torch.equal(got[rows], want[rows]) and got[3].isnan().all()
 
 
-def test_large_values_do_not_overflow_in_bfloat16(backend: str) -> None:
+@single
+def test_large_values_do_not_overflow_in_bfloat16(kernel: Case) -> None:
     x = torch.full((1, 64), 1e15, dtype=torch.bfloat16)
     assert torch.equal(rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-6), torch.ones(1, 64, dtype=torch.bfloat16))
 

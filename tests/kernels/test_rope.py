@@ -14,8 +14,10 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from glimpse_kernels import mrope_cos_sin, rope, vision_rotary
+from tests.kernels.kernel_cases import Case, op_cases
 
-DTYPES = [torch.float32, torch.bfloat16]
+all_cases = pytest.mark.parametrize("kernel", op_cases("rope"), indirect=True)
+single = pytest.mark.parametrize("kernel", [c for c in op_cases("rope") if c.id.endswith("float32")], indirect=True)
 
 
 def tables(t: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -51,10 +53,11 @@ def close(got: Tensor, x: Tensor, cos: Tensor, sin: Tensor) -> None:
     assert (got.double() - truth).abs().max() <= 2 * noise + 1e-7
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@all_cases
 @pytest.mark.parametrize("d", [2, 6, 32, 64, 80, 128, 192])
 @pytest.mark.parametrize("t, hq, hkv", [(0, 2, 1), (1, 16, 2), (7, 3, 3), (33, 4, 1)])
-def test_in_place(backend: str, dtype: torch.dtype, d: int, t: int, hq: int, hkv: int) -> None:
+def test_in_place(kernel: Case, d: int, t: int, hq: int, hkv: int) -> None:
+    dtype = kernel.dtype
     q, k = random(t, hq, d, dtype=dtype), random(t, hkv, d, dtype=dtype, seed=1)
     cos, sin = tables(t, d)
     q_new, k_new = q.clone(), k.clone()
@@ -66,9 +69,10 @@ def test_in_place(backend: str, dtype: torch.dtype, d: int, t: int, hq: int, hkv
     assert torch.equal(q_alone, q_new)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@all_cases
 @pytest.mark.parametrize("d, dv", [(128, 128), (80, 80), (192, 64), (18, 7)])
-def test_views_of_a_fused_buffer_into_slots(backend: str, dtype: torch.dtype, d: int, dv: int) -> None:
+def test_views_of_a_fused_buffer_into_slots(kernel: Case, d: int, dv: int) -> None:
+    dtype = kernel.dtype
     t, hq, hkv, size = 21, 4, 2, 40
     fused = random(t, hq * d + hkv * d + hkv * dv + 5, dtype=dtype)
     before = fused.clone()
@@ -96,11 +100,13 @@ def test_views_of_a_fused_buffer_into_slots(backend: str, dtype: torch.dtype, d:
         assert pool[0].isnan().all() and pool[2].isnan().all() and pool[1, untouched].isnan().all()
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_without_slots(backend: str, dtype: torch.dtype) -> None:
+@all_cases
+def test_without_slots(kernel: Case) -> None:
+    dtype = kernel.dtype
     q, k, v = (random(5, h, 32, dtype=dtype, seed=h) for h in (4, 2, 2))
     cos, sin = tables(5, 32)
-    k_out, v_out = (torch.full((2, 9, 32), torch.nan, dtype=dtype).transpose(0, 1) for _ in range(2))  # head-major cache
+    # head-major caches
+    k_out, v_out = (torch.full((2, 9, 32), torch.nan, dtype=dtype).transpose(0, 1) for _ in range(2))
     k0 = k.clone()
     rope(q, k, cos, sin, v=v, k_out=k_out, v_out=v_out)
     assert torch.equal(k, k0) and torch.equal(v_out[:5], v)
@@ -110,9 +116,10 @@ def test_without_slots(backend: str, dtype: torch.dtype) -> None:
     close(k_out[4:], k, cos, sin)
 
 
+@single
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(t=st.integers(0, 12), hq=st.integers(0, 3), hkv=st.integers(1, 3), half=st.integers(1, 40), data=st.data())
-def test_slots(backend: str, t: int, hq: int, hkv: int, half: int, data: st.DataObject) -> None:
+def test_slots(kernel: Case, t: int, hq: int, hkv: int, half: int, data: st.DataObject) -> None:
     d, size = 2 * half, t + 2
     q, k = random(t, hq, d, dtype=torch.float32), random(t, hkv, d, dtype=torch.float32, seed=1)
     cos, sin = tables(t, d)
@@ -172,12 +179,14 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Tensor, Tensor]]:
     return calls
 
 
-def test_mrope_as_hugging_face(backend: str, recorded: list[tuple[Tensor, Tensor]]) -> None:
+@single
+def test_mrope_as_hugging_face(kernel: Case, recorded: list[tuple[Tensor, Tensor]]) -> None:
     text = tiny().model.language_model
     projected: dict[str, Tensor] = {}
     attention = text.layers[0].self_attn
     for name in ("q_proj", "k_proj"):
-        getattr(attention, name).register_forward_hook(lambda m, i, o, name=name: projected.update({name: o[0].detach()}))
+        hook = lambda m, i, o, name=name: projected.update({name: o[0].detach()})  # noqa: E731
+        getattr(attention, name).register_forward_hook(hook)
     t = 13
     positions = torch.randint(0, 500, (3, 1, t), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
@@ -191,7 +200,8 @@ def test_mrope_as_hugging_face(backend: str, recorded: list[tuple[Tensor, Tensor
     assert torch.allclose(k.transpose(0, 1), their_k, atol=1e-5)
 
 
-def test_vision_rotary_as_hugging_face(backend: str, recorded: list[tuple[Tensor, Tensor]]) -> None:
+@single
+def test_vision_rotary_as_hugging_face(kernel: Case, recorded: list[tuple[Tensor, Tensor]]) -> None:
     vision = tiny().model.visual
     seen: list[Tensor] = []
     vision.blocks[0].attn.qkv.register_forward_hook(lambda m, i, o: seen.append(o.detach()))
@@ -221,7 +231,8 @@ def test_equal_coordinates_make_plain_rotary() -> None:
     inv_freq = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float32) / 16)
     cos, sin = mrope_cos_sin(position.expand(3, -1), inv_freq, (2, 3, 3))
     angles = position[:, None].double() * inv_freq.double()
-    assert torch.allclose(cos.double(), angles.cos(), atol=1e-6) and torch.allclose(sin.double(), angles.sin(), atol=1e-6)
+    assert torch.allclose(cos.double(), angles.cos(), atol=1e-6)
+    assert torch.allclose(sin.double(), angles.sin(), atol=1e-6)
 
 
 def test_bad_arguments() -> None:

@@ -15,6 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from glimpse_kernels import Selection, select_tokens
+from tests.kernels.kernel_cases import Case, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("select_tokens"), indirect=True)
+
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glimpse"
 CASES: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -126,9 +130,10 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
+@all_cases
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=layouts())
-def test_against_sorting(backend: str, case: dict[str, Any]) -> None:
+def test_against_sorting(kernel: Case, case: dict[str, Any]) -> None:
     check(**case)
 
 
@@ -149,23 +154,26 @@ def simple(logits: list[float], **change: Any) -> dict[str, Any]:
     return case | change
 
 
+@all_cases
 @pytest.mark.parametrize("n", [1, 2, 15, 16, 17, 255, 1000, 4097])
 @pytest.mark.parametrize("cap", [0, 1, 7, 10**6])
-def test_sizes(backend: str, n: int, cap: int) -> None:
+def test_sizes(kernel: Case, n: int, cap: int) -> None:
     generator = torch.Generator().manual_seed(n)
     # quarter steps: many ties, also across the cut
     logits = (torch.randn(n, generator=generator) * 8).round().div(4).tolist()
     check(**simple(logits, caps=[cap], floors=[3]))
 
 
-def test_ties_go_to_the_lower_index(backend: str) -> None:
+@all_cases
+def test_ties_go_to_the_lower_index(kernel: Case) -> None:
     got = run(**simple([1.0, 2.0, 1.0, 2.0, 1.0], caps=[3]))
     assert got.keep.tolist() == [True, True, False, True, False]
     got = run(**simple([0.0, -0.0, 0.0, -0.0], threshold=-1.0, caps=[2]))
     assert got.keep.tolist() == [True, True, False, False]
 
 
-def test_nan_is_last_and_never_above_the_threshold(backend: str) -> None:
+@all_cases
+def test_nan_is_last_and_never_above_the_threshold(kernel: Case) -> None:
     nan, inf = math.nan, math.inf
     assert run(**simple([nan, 1.0, -inf], threshold=-inf)).keep.tolist() == [False, True, False]
     # NaN and -inf are equals, so the floor takes the lower index
@@ -177,7 +185,8 @@ def test_nan_is_last_and_never_above_the_threshold(backend: str) -> None:
     assert got.keep.tolist() == [False, False, True]
 
 
-def test_cap_replaces_and_floor_and_forced_add(backend: str) -> None:
+@all_cases
+def test_cap_replaces_and_floor_and_forced_add(kernel: Case) -> None:
     logits = [3.0, 2.0, 1.0, -1.0]
     assert run(**simple(logits, caps=[2])).keep.tolist() == [True, True, False, False]
     assert run(**simple(logits, caps=[0])).keep.tolist() == [False] * 4
@@ -186,7 +195,8 @@ def test_cap_replaces_and_floor_and_forced_add(backend: str) -> None:
     assert run(**simple(logits, caps=[1], forced=forced)).keep.tolist() == [True, False, False, True]
 
 
-def test_capacity_is_never_exceeded(backend: str) -> None:
+@all_cases
+def test_capacity_is_never_exceeded(kernel: Case) -> None:
     case = simple([1.0] * 9, capacity=4)
     got = run(**case)
     assert got.index.tolist() == [0, 1, 2, 3]
@@ -219,8 +229,9 @@ def anchors(grids: list[tuple[int, int]], names: list[str]) -> list[bool]:
     return forced
 
 
+@all_cases
 @pytest.mark.parametrize("name", [n for n, c in CASES.items() if c["do_selection"]])
-def test_recorded_masks(backend: str, name: str) -> None:
+def test_recorded_masks(kernel: Case, name: str) -> None:
     """Mask and remaining rows of the original, from its own scores."""
     case = CASES[name]
     recorded = np.load(GOLDEN / case["file"])

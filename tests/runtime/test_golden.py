@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every recorded run of the original GlimpsePrune on Qwen2.5-VL, quantity by quantity (see `glimpse_runtime.parity`)."""
+"""Every recorded run of the original GlimpsePrune on Qwen2.5-VL, one quantity at a time (`glimpse_runtime.parity`)."""
 
 from __future__ import annotations
 

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import math
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -41,6 +44,31 @@ def read_grids(
     return found
 
 
+@dataclass(frozen=True)
+class _Visual:
+    """An image or video that waits for its tokens in the prompts."""
+
+    kind: str
+    number: int
+    grid: Grid
+    merged: Grid
+    tower_start: int
+    interval: float
+
+    @property
+    def tokens(self) -> int:
+        return math.prod(self.merged)
+
+
+@dataclass(frozen=True)
+class _Segment:
+    """Tokens `start..stop` of a row: text, or all tokens of one image or video."""
+
+    start: int
+    stop: int
+    visual: _Visual | None
+
+
 def pack(
     input_ids: torch.Tensor,
     attention_mask: torch.Tensor | None,
@@ -54,93 +82,52 @@ def pack(
 ) -> PackedBatch:
     """Pack `input_ids [B, L]` (either padding side) and append `probe_length` learned rows where there are pictures.
 
-    Positions follow Qwen2.5-VL (arXiv 2502.13923, section 2.1.3): text advances all three axes together; a picture's
-    tokens share the position before them plus their frame, row and column. Probe rows continue after the last prompt
-    token, one position each.
+    Probe rows continue after the last prompt token, one position each.
 
     Raises:
         GlimpseError: shapes disagree, a row is empty, image tokens and grids do not match, or a prompt is longer
             than the model's context.
     """
-    ids, rows = _unpad(input_ids, attention_mask)
-    merge = config.vision.merge_size
-    seconds = [1.0] * len(video_grids) if seconds_per_grid is None else [float(s) for s in seconds_per_grid]
-    if len(seconds) != len(video_grids):
-        raise GlimpseError(f"second_per_grid_ts: expected {len(video_grids)} values, found {len(seconds)}")
-    queues = {"image": list(enumerate(image_grids)), "video": list(enumerate(video_grids))}
-    token_of = {config.image_token_id: "image", config.video_token_id: "video"}
-    # Rows of the tower's output: all images come first, then all videos.
-    sizes = [t * (h // merge) * (w // merge) for t, h, w in (*image_grids, *video_grids)]
-    tower_start = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
-
+    rows = _unpad(input_ids, attention_mask)
+    waiting = _visuals(image_grids, video_grids, seconds_per_grid, config)
+    ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
     next_positions: list[int] = []
-    packed_ids: list[np.ndarray] = []
     lengths: list[int] = []
     visual_rows: list[np.ndarray] = []
     visual_order: list[np.ndarray] = []
     pictures: list[Picture] = []
-    start = visual = 0
+    start = 0
     for row, tokens in enumerate(rows):
         if len(tokens) > config.text.max_positions:
             raise GlimpseError(
                 f"row {row}: expected at most {config.text.max_positions} prompt tokens (the model's context), "
                 f"found {len(tokens)}"
             )
-        kinds = np.zeros(len(tokens), dtype=np.int8)
-        for number, token in enumerate(token_of, start=1):
-            kinds[tokens == token] = number
-        at, position, index = 0, 0, 0
-        own: list[np.ndarray] = []
-        while at < len(tokens):
-            if kinds[at] == 0:
-                stop = at + int(np.argmax(kinds[at:] != 0)) if (kinds[at:] != 0).any() else len(tokens)
-                own.append(np.broadcast_to(np.arange(stop - at) + position, (3, stop - at)))
-                position += stop - at
-                at = stop
-                continue
-            kind = token_of[int(tokens[at])]
-            if not queues[kind]:
-                raise GlimpseError(
-                    f"row {row}: more {kind} tokens in input_ids than {kind} grids account for"
-                )
-            number, (t, h, w) = queues[kind].pop(0)
-            mh, mw = h // merge, w // merge
-            count = t * mh * mw
-            run = kinds[at : at + count]
-            if len(run) < count or (run != kinds[at]).any():
-                raise GlimpseError(
-                    f"row {row}: {kind} {number} has grid {(t, h, w)}, that is {count} {kind} tokens; "
-                    f"found {int((run == kinds[at]).sum())} in a row in input_ids"
-                )
-            interval = config.vision.tokens_per_second * seconds[number] if kind == "video" else 1.0
-            frame, y, x = np.unravel_index(np.arange(count), (t, mh, mw))
-            own.append(np.stack([(frame * interval).astype(np.int64), y, x]) + position)
-            visual_rows.append(start + at + np.arange(count))
-            tower = tower_start[number + (len(image_grids) if kind == "video" else 0)]
-            visual_order.append(tower + np.arange(count))
-            for f in range(t):
-                pictures.append(Picture(row, index, kind, f, mh, mw, visual + f * mh * mw))
-            visual += count
-            index += 1
-            position += max(mh, mw)
-            at += count
-        text_positions = np.concatenate(own, axis=1)
-        following = int(text_positions.max()) + 1
-        next_positions.append(following)
-        probes = probe_length if index else 0
-        if probes:
-            after = int(text_positions[2, -1]) + 1
-            own.append(np.broadcast_to(np.arange(probes) + after, (3, probes)))
-        positions += own
-        packed_ids += [tokens, np.zeros(probes, dtype=np.int64)]
+        segments = _segments(tokens, row, waiting, config)
+        visuals = [segment for segment in segments if segment.visual is not None]
+        own = _positions(segments)
+        probes = probe_length if visuals else 0
+        after = int(own[2, -1]) + 1
+        ids += [tokens, np.zeros(probes, dtype=np.int64)]
+        positions += [own, np.broadcast_to(np.arange(after, after + probes), (3, probes))]
+        next_positions.append(int(own.max()) + 1)
+        for index, segment in enumerate(visuals):
+            visual = segment.visual
+            assert visual is not None
+            frames, height, width = visual.merged
+            first = sum(map(len, visual_rows))
+            for frame in range(frames):
+                at = first + frame * height * width
+                pictures.append(Picture(row, index, visual.kind, frame, height, width, at))
+            visual_rows.append(start + np.arange(segment.start, segment.stop))
+            visual_order.append(visual.tower_start + np.arange(visual.tokens))
         lengths.append(len(tokens) + probes)
-        start += len(tokens) + probes
-    for kind, left in queues.items():
+        start += lengths[-1]
+    for kind, left in waiting.items():
         if left:
             raise GlimpseError(
-                f"{kind} grids: {len(left)} of {len(image_grids if kind == 'image' else video_grids)} have no "
-                f"{kind} tokens in input_ids"
+                f"{kind} grids: {len(left)} more than the {kind} tokens in input_ids account for"
             )
 
     def tensor(parts: Sequence[np.ndarray], axis: int = 0) -> torch.Tensor:
@@ -148,7 +135,7 @@ def pack(
         return torch.from_numpy(np.ascontiguousarray(joined, dtype=np.int64)).to(device)
 
     return PackedBatch(
-        ids=tensor(packed_ids),
+        ids=tensor(ids),
         lengths=tuple(lengths),
         prompt_lengths=tuple(len(tokens) for tokens in rows),
         probe_length=probe_length,
@@ -160,15 +147,94 @@ def pack(
     )
 
 
+def _visuals(
+    """Images and videos in the order in which prompts use them; the tower gives all images, then all videos."""
+) -> dict[str, deque[_Visual]]:
+    """Images and videos in the order in which prompts use them; the tower's output holds all images, then all videos."""
+    if seconds is not None and len(seconds) != len(videos):
+        raise GlimpseError(f"second_per_grid_ts: expected {len(videos)} values, found {len(seconds)}")
+    merge = config.vision.merge_size
+    waiting: dict[str, deque[_Visual]] = {"image": deque(), "video": deque()}
+    tower = 0
+    for kind, grids in (("image", images), ("video", videos)):
+        for number, (t, h, w) in enumerate(grids):
+            # Frames of a video are `interval` positions apart; a still image has one frame.
+            interval = config.vision.tokens_per_second * (seconds[number] if seconds else 1.0)
+            merged = (t, h // merge, w // merge)
+            waiting[kind].append(
+                _Visual(kind, number, (t, h, w), merged, tower, interval if kind == "video" else 1.0)
+            )
+            tower += math.prod(merged)
+    return waiting
+
+
+def _segments(
+    tokens: np.ndarray, row: int, waiting: dict[str, deque[_Visual]], config: ModelConfig
+) -> list[_Segment]:
+    """Split a row at its images and videos, taking each from `waiting`."""
+    kinds = {config.image_token_id: "image", config.video_token_id: "video"}
+    visual_at = np.flatnonzero(np.isin(tokens, list(kinds)))
+    segments: list[_Segment] = []
+    at = 0
+    while at < len(tokens):
+        kind = kinds.get(int(tokens[at]))
+        if kind is None:
+            following = visual_at[visual_at >= at]
+            stop = int(following[0]) if len(following) else len(tokens)
+            segments.append(_Segment(at, stop, None))
+        else:
+            if not waiting[kind]:
+                raise GlimpseError(
+                    f"row {row}: more {kind} tokens in input_ids than {kind} grids account for"
+                )
+            visual = waiting[kind].popleft()
+            stop = at + visual.tokens
+            other = np.flatnonzero(tokens[at:stop] != tokens[at])
+            found = int(other[0]) if len(other) else len(tokens[at:stop])
+            if found < visual.tokens:
+                raise GlimpseError(
+                    f"row {row}: {kind} {visual.number} has grid {visual.grid}, that is {visual.tokens} {kind} "
+                    f"tokens; found {found} in a row in input_ids"
+                )
+            segments.append(_Segment(at, stop, visual))
+        at = stop
+    return segments
+
+
+def _positions(segments: Sequence[_Segment]) -> np.ndarray:
+    """Multimodal rotary positions `[3, tokens]` (Qwen2.5-VL report, arXiv 2502.13923, section 2.1.3).
+
+    Text advances all three axes together; a picture's tokens share the position before them plus their frame, row and
+    column, and text goes on behind the picture's longer side.
+    """
+    parts: list[np.ndarray] = []
+    position = 0
+    for segment in segments:
+        if segment.visual is None:
+            count = segment.stop - segment.start
+            parts.append(np.broadcast_to(np.arange(position, position + count), (3, count)))
+            position += count
+        else:
+            _, height, width = segment.visual.merged
+            t, y, x = np.unravel_index(np.arange(segment.visual.tokens), segment.visual.merged)
+            parts.append(np.stack([(t * segment.visual.interval).astype(np.int64), y, x]) + position)
+            position += max(height, width)
+    return np.concatenate(parts, axis=1)
+
+
+def check_ids(input_ids: object) -> torch.Tensor:
+    """`input_ids` as the integer tensor `[B, L]` it must be."""
+    if not isinstance(input_ids, torch.Tensor):
+        raise GlimpseError(f"input_ids: expected an integer tensor [batch, length], found {type(input_ids).__name__}")
+    if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[0] == 0:
+        found = f"{input_ids.dtype} {list(input_ids.shape)}"
+        raise GlimpseError(f"input_ids: expected an integer tensor [batch, length], found {found}")
+    return input_ids
+
+
 def _unpad(
     input_ids: torch.Tensor, attention_mask: torch.Tensor | None
 ) -> tuple[np.ndarray, list[np.ndarray]]:
-    if not isinstance(input_ids, torch.Tensor) or input_ids.ndim != 2 or input_ids.is_floating_point():
-        raise GlimpseError(
-            f"input_ids: expected an integer tensor [batch, length], found {_describe(input_ids)}"
-        )
-    if input_ids.shape[0] == 0:
-        raise GlimpseError("input_ids: expected at least one row, found an empty batch")
     ids = input_ids.cpu().numpy().astype(np.int64)
     if attention_mask is None:
         mask = np.ones_like(ids, dtype=bool)
@@ -183,10 +249,4 @@ def _unpad(
     for number, row in enumerate(rows):
         if len(row) == 0:
             raise GlimpseError(f"row {number}: expected at least one prompt token, found only padding")
-    return ids, rows
-
-
-def _describe(value: object) -> str:
-    if isinstance(value, torch.Tensor):
-        return f"{value.dtype} {list(value.shape)}"
-    return type(value).__name__
+    return rows

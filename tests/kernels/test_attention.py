@@ -1,0 +1,287 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`attention` on every backend and instruction set against plain PyTorch, segment by segment."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from glimpse_kernels import attention
+from glimpse_kernels.attention.naive import attention as naive_attention
+from tests.kernels.kernel_cases import Case, assert_as_good_as, cu_seqlens, fused_views, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("attention"), indirect=True)
+
+
+def visible(lq: int, lk: int, causal: bool, positions: Tensor | None) -> Tensor:
+    """[Lq, Lk] bool, True where the query sees the key."""
+    if not causal:
+        return torch.ones(lq, lk, dtype=torch.bool)
+    last = positions if positions is not None else torch.arange(lq) + lk - lq
+    return torch.arange(lk)[None, :] <= last[:, None]
+
+
+def per_segment(
+    q: Tensor, k: Tensor, v: Tensor, lq: list[int], lk: list[int], causal: bool, scale: float | None, positions: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Truth in fp64, PyTorch's own attention in the inputs' dtype, and the lse in fp64, each segment by itself."""
+    group = q.shape[1] // k.shape[1]
+    truth = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=torch.float64)
+    same = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
+    lse = torch.full((q.shape[0], q.shape[1]), float("-inf"), dtype=torch.float64)
+    q0 = k0 = 0
+    for nq, nk in zip(lq, lk):
+        if nq and nk:
+            where = positions[q0 : q0 + nq] if positions is not None else None
+            mask = visible(nq, nk, causal, where)
+            some = mask.any(1)
+            qs = q[q0 : q0 + nq].transpose(0, 1)
+            ks = k[k0 : k0 + nk].repeat_interleave(group, 1).transpose(0, 1)
+            vs = v[k0 : k0 + nk].repeat_interleave(group, 1).transpose(0, 1)
+            factor = q.shape[2] ** -0.5 if scale is None else scale
+            logits = (qs.double() @ ks.double().transpose(1, 2)) * factor
+            logits = logits.masked_fill(~mask, float("-inf"))
+            exact = torch.softmax(logits, -1) @ vs.double()
+            torchs = F.scaled_dot_product_attention(qs[None], ks[None], vs[None], attn_mask=mask, scale=scale)[0]
+            truth[q0 : q0 + nq][some] = exact.transpose(0, 1)[some]
+            same[q0 : q0 + nq][some] = torchs.transpose(0, 1)[some]
+            lse[q0 : q0 + nq] = torch.logsumexp(logits, -1).transpose(0, 1)
+        q0, k0 = q0 + nq, k0 + nk
+    return truth, same, lse
+
+
+def check(
+    case: Case,
+    lq: list[int],
+    lk: list[int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    *,
+    causal: bool,
+    scale: float | None = None,
+    positions: Tensor | None = None,
+    spread: float = 1.0,
+    tail: int = 3,
+) -> None:
+    """Runs the op with `tail` rows outside all segments, NaN in k and v there, and compares everything."""
+    assert case.dtype is not None
+    tq, tk = sum(lq) + tail, sum(lk) + tail
+    q = (torch.randn(tq, heads[0], dims[0]) * spread).to(case.dtype)
+    k = torch.randn(tk, heads[1], dims[0]).to(case.dtype)
+    v = torch.randn(tk, heads[1], dims[1]).to(case.dtype)
+    k[sum(lk) :] = v[sum(lk) :] = float("nan")
+    q[sum(lq) :] = float("nan")
+    if positions is not None:
+        positions = F.pad(positions, (0, tail)).int()
+    truth, same, lse = per_segment(q, k, v, lq, lk, causal, scale, positions)
+    out, found_lse = attention(
+        q, k, v, cu_seqlens(lq), cu_seqlens(lk), causal=causal, scale=scale, q_positions=positions, return_lse=True
+    )
+    assert out.dtype == case.dtype and found_lse.dtype == torch.float32
+    assert_as_good_as(out, same, truth, f"{lq} x {lk}, heads {heads}, dims {dims}")
+    assert torch.equal(found_lse == float("-inf"), lse == float("-inf"))
+    seen = lse > float("-inf")
+    # logits are sums of `dims[0]` products in fp32
+    torch.testing.assert_close(found_lse[seen].double(), lse[seen], rtol=2e-6, atol=1e-5 * spread)
+    assert (out[~seen] == 0).all()
+
+
+@all_cases
+@pytest.mark.parametrize("causal", [False, True], ids=["full", "causal"])
+@pytest.mark.parametrize(
+    ("lq", "lk", "heads", "dims"),
+    [
+        ([1], [1], (1, 1), (1, 1)),
+        ([7, 0, 65, 1], [7, 0, 65, 1], (4, 2), (128, 128)),
+        ([64, 64, 17], [64, 64, 17], (3, 3), (80, 80)),
+        ([130], [130], (4, 4), (192, 64)),
+        ([33, 2], [70, 129], (6, 1), (32, 48)),
+        ([5, 3, 0, 4], [9, 0, 6, 4], (14, 2), (37, 19)),
+        ([300], [300], (7, 1), (64, 64)),
+        ([20, 2], [33, 3], (2, 1), (256, 31)),
+    ],
+    ids=lambda value: "x".join(map(str, value)),
+)
+def test_segments(
+    kernel: Case, lq: list[int], lk: list[int], heads: tuple[int, int], dims: tuple[int, int], causal: bool
+) -> None:
+    check(kernel, lq, lk, heads, dims, causal=causal)
+
+
+@all_cases
+def test_more_queries_than_keys_leaves_rows_without_keys(kernel: Case) -> None:
+    check(kernel, [9, 70], [4, 3], (2, 1), (16, 16), causal=True)
+
+
+@all_cases
+def test_positions_of_gathered_queries(kernel: Case) -> None:
+    lk = [150, 40]
+    rows = [torch.tensor([0, 3, 64, 65, 127, 149]), torch.tensor([39, 7, 0, -1])]
+    check(kernel, [6, 4], lk, (4, 2), (64, 64), causal=True, positions=torch.cat(rows))
+
+
+@all_cases
+def test_positions_past_the_end_see_everything(kernel: Case) -> None:
+    check(kernel, [3], [70], (2, 2), (16, 8), causal=True, positions=torch.tensor([69, 70, 2**31 - 1]))
+
+
+@all_cases
+@pytest.mark.parametrize("scale", [0.3, 1.0, -0.2, 0.0])
+def test_scale(kernel: Case, scale: float) -> None:
+    check(kernel, [40], [90], (2, 1), (24, 24), causal=True, scale=scale)
+
+
+@all_cases
+def test_large_logits(kernel: Case) -> None:
+    """Logits of several hundred: the running maximum has to be subtracted everywhere."""
+    check(kernel, [50], [200], (2, 2), (64, 64), causal=False, spread=60.0)
+
+
+@all_cases
+def test_maximum_in_every_place(kernel: Case) -> None:
+    """A dominant key in each tile position in turn, so that the running maximum moves at every step or never."""
+    assert kernel.dtype is not None
+    keys, dim = 200, 16
+    for order in (torch.arange(keys), torch.arange(keys).flip(0)):
+        q = (1 + 0.1 * torch.randn(20, 1, dim)).to(kernel.dtype)
+        k = (order.float()[:, None, None] / 20 + 0.1 * torch.randn(keys, 1, dim)).to(kernel.dtype)
+        v = torch.randn(keys, 1, dim).to(kernel.dtype)
+        truth, same, _ = per_segment(q, k, v, [20], [keys], False, None, None)
+        out = attention(q, k, v, cu_seqlens([20]), cu_seqlens([keys]), causal=False)
+        assert_as_good_as(out, same, truth)
+
+
+@all_cases
+def test_views_into_a_fused_buffer(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    q, k, v = (torch.randn(75, h, 40).to(kernel.dtype) for h in (4, 2, 2))
+    bounds = cu_seqlens([30, 45])
+    whole = attention(q, k, v, bounds, bounds, causal=True)
+    fq, fk, fv = fused_views(q, k, v)
+    assert fq.stride(0) == 8 * 40
+    assert torch.equal(attention(fq, fk, fv, bounds, bounds, causal=True), whole)
+    out = torch.full((75, 4, 2, 40), float("nan"), dtype=kernel.dtype)[:, :, 1]
+    returned = attention(q, k, v, bounds, bounds, causal=True, out=out)
+    assert returned.data_ptr() == out.data_ptr()
+    assert torch.equal(out, whole)
+
+
+@all_cases
+def test_segment_alone_equals_segment_in_batch(kernel: Case) -> None:
+    """The same rows give the same bits, whatever lies beside them (a segment's work never depends on its neighbours)."""
+    assert kernel.dtype is not None
+    lengths = [70, 1, 129]
+    q, k, v = (torch.randn(sum(lengths), h, 32).to(kernel.dtype) for h in (4, 2, 2))
+    bounds = cu_seqlens(lengths)
+    whole = attention(q, k, v, bounds, bounds, causal=True)
+    for start, stop in zip(bounds.tolist(), bounds.tolist()[1:]):
+        own = cu_seqlens([stop - start])
+        alone = attention(q[start:stop], k[start:stop], v[start:stop], own, own, causal=True)
+        torch.testing.assert_close(whole[start:stop], alone, rtol=0, atol=2 * torch.finfo(kernel.dtype).eps)
+
+
+@all_cases
+def test_no_rows_and_no_segments(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    q, k, v = (torch.randn(0, h, 8).to(kernel.dtype) for h in (4, 2, 2))
+    assert attention(q, k, v, cu_seqlens([]), cu_seqlens([]), causal=True).shape == (0, 4, 8)
+    assert attention(q, k, v, cu_seqlens([0, 0]), cu_seqlens([0, 0]), causal=True).shape == (0, 4, 8)
+    q = torch.randn(5, 4, 8).to(kernel.dtype)
+    out = attention(q, k, v, cu_seqlens([]), cu_seqlens([]), causal=True)
+    assert torch.equal(out, torch.zeros_like(out))
+
+
+@all_cases
+def test_nan_in_a_visible_key_is_not_hidden(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    q, k, v = (torch.randn(4, 1, 8).to(kernel.dtype) for _ in range(3))
+    k[1, 0, 3] = float("nan")
+    out = attention(q, k, v, cu_seqlens([4]), cu_seqlens([4]), causal=True)
+    assert not out[0].isnan().any()
+    assert out[1:].isnan().all()
+
+
+@pytest.mark.parametrize("kernel", [p for p in op_cases("attention") if "cpu" in str(p.id)], indirect=True)  # type: ignore[attr-defined]
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_any_packing(kernel: Case, data: st.DataObject) -> None:
+    """Random packings against the definition."""
+    assert kernel.dtype is not None
+    lengths = data.draw(st.lists(st.tuples(st.integers(0, 70), st.integers(0, 140)), min_size=1, max_size=4))
+    kv_heads, group = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 5))
+    dim, v_dim = data.draw(st.integers(1, 70)), data.draw(st.integers(1, 70))
+    causal = data.draw(st.booleans())
+    lq, lk = [a for a, _ in lengths], [b for _, b in lengths]
+    q = torch.randn(sum(lq), kv_heads * group, dim).to(kernel.dtype)
+    k = torch.randn(sum(lk), kv_heads, dim).to(kernel.dtype)
+    v = torch.randn(sum(lk), kv_heads, v_dim).to(kernel.dtype)
+    bounds = cu_seqlens(lq), cu_seqlens(lk)
+    out, lse = attention(q, k, v, *bounds, causal=causal, return_lse=True)
+    want, want_lse = naive_attention(q.float(), k.float(), v.float(), *bounds, causal=causal, return_lse=True)
+    eps = torch.finfo(kernel.dtype).eps
+    bound = (2 if kernel.dtype is torch.bfloat16 else 16) * eps * max(1.0, v.abs().max().item() if v.numel() else 1.0)
+    torch.testing.assert_close(out.float(), want, rtol=0, atol=bound)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
+
+
+def test_definition_is_differentiable() -> None:
+    q, k, v = (torch.randn(6, h, 4, requires_grad=True) for h in (2, 1, 1))
+    bounds = cu_seqlens([2, 4])
+    attention(q, k, v, bounds, bounds, causal=True).square().sum().backward()
+    grads = [t.grad.clone() for t in (q, k, v)]  # type: ignore[union-attr]
+    for t in (q, k, v):
+        t.grad = None
+    total = torch.zeros(())
+    for a, b in ((0, 2), (2, 6)):
+        part = F.scaled_dot_product_attention(
+            q[a:b].transpose(0, 1), k[a:b].expand(-1, 2, -1).transpose(0, 1), v[a:b].expand(-1, 2, -1).transpose(0, 1),
+            is_causal=True,
+        )
+        total = total + part.square().sum()
+    total.backward()
+    for found, t in zip(grads, (q, k, v)):
+        torch.testing.assert_close(found, t.grad)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"k": torch.zeros(4, 2, 9)}, ValueError, "k: expected shape"),
+        ({"v": torch.zeros(5, 2, 8)}, ValueError, "v: expected shape"),
+        ({"q": torch.zeros(4, 3, 8)}, ValueError, "multiple of Hkv = 2"),
+        ({"k": torch.zeros(4, 2, 8, dtype=torch.bfloat16)}, TypeError, "k: expected dtype float32"),
+        ({"cu_seqlens_q": torch.tensor([0, 4])}, TypeError, "cu_seqlens_q: expected dtype int32"),
+        ({"cu_seqlens_k": torch.tensor([0, 2, 4], dtype=torch.int32)}, ValueError, "cu_seqlens_k"),
+        ({"q_positions": torch.zeros(4, dtype=torch.int32), "causal": False}, ValueError, "q_positions"),
+        ({"q_positions": torch.zeros(3, dtype=torch.int32)}, ValueError, r"q_positions: expected shape \[Tq\]"),
+        ({"out": torch.zeros(4, 4, 9)}, ValueError, "out: expected shape"),
+        ({"q": torch.zeros(4, 8, 4).transpose(1, 2)}, ValueError, "contiguous last dimension"),
+        ({"q": torch.zeros(4, 8)}, ValueError, "expected shapes"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, object], error: type[Exception], words: str) -> None:
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    given_arguments: dict[str, object] = {
+        "q": torch.zeros(4, 4, 8),
+        "k": torch.zeros(4, 2, 8),
+        "v": torch.zeros(4, 2, 8),
+        "cu_seqlens_q": bounds,
+        "cu_seqlens_k": bounds,
+        "causal": True,
+    }
+    given_arguments.update(change)
+    with pytest.raises(error, match=words):
+        attention(**given_arguments)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kernel", [p for p in op_cases("attention") if "cpu" in str(p.id)][:1], indirect=True)  # type: ignore[attr-defined]
+@pytest.mark.parametrize("bounds", [[0, 5], [0, 3, 2, 4], [-1, 4]])
+def test_bounds_outside_the_rows(kernel: Case, bounds: list[int]) -> None:
+    q, k, v = (torch.zeros(4, 1, 8, dtype=kernel.dtype) for _ in range(3))
+    good = torch.linspace(0, 4, len(bounds)).int()
+    with pytest.raises(ValueError, match="cu_seqlens_k"):
+        attention(q, k, v, good, torch.tensor(bounds, dtype=torch.int32), causal=False)

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`decode_attention` on every backend and instruction set against plain PyTorch on the gathered keys."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from glimpse_kernels import _ext, decode_attention
+from tests.kernels.kernel_cases import Case, assert_as_good_as, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("decode_attention"), indirect=True)
+
+
+@dataclass
+class Pool:
+    """A paged pool whose unused slots hold NaN and whose unused table entries name no block."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    table: Tensor
+    lengths: Tensor
+
+    def run(self, **options: object) -> Tensor:
+        return decode_attention(self.q, self.k, self.v, self.table, self.lengths, **options)  # type: ignore[arg-type]
+
+    def gathered(self, b: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of row b, [length, Hkv, D], read slot by slot."""
+        size = self.k.shape[1]
+        slots = [(int(self.table[b, j // size]), j % size) for j in range(int(self.lengths[b]))]
+        return torch.stack([self.k[s] for s in slots]), torch.stack([self.v[s] for s in slots])
+
+
+def make_pool(
+    lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, block_size: int = 16
+) -> Pool:
+    blocks_of = [-(-length // block_size) for length in lengths]
+    order = torch.randperm(sum(blocks_of) + 2).tolist()
+    k = torch.full((len(order), block_size, heads[1], dims[0]), float("nan"), dtype=dtype)
+    v = torch.full((len(order), block_size, heads[1], dims[1]), float("nan"), dtype=dtype)
+    table = torch.full((len(lengths), max([*blocks_of, 1]) + 1), -1, dtype=torch.int32)
+    for b, length in enumerate(lengths):
+        for i in range(blocks_of[b]):
+            block, used = order.pop(), min(block_size, length - i * block_size)
+            table[b, i] = block
+            k[block, :used] = torch.randn(used, heads[1], dims[0]).to(dtype)
+            v[block, :used] = torch.randn(used, heads[1], dims[1]).to(dtype)
+    q = torch.randn(len(lengths), heads[0], dims[0]).to(dtype)
+    return Pool(q, k, v, table, torch.tensor(lengths, dtype=torch.int32))
+
+
+def check(pool: Pool, scale: float | None = None) -> None:
+    out = pool.run(scale=scale)
+    assert out.dtype == pool.q.dtype
+    factor = pool.q.shape[2] ** -0.5 if scale is None else scale
+    for b, length in enumerate(pool.lengths.tolist()):
+        if length == 0:
+            assert (out[b] == 0).all()
+            continue
+        keys, values = pool.gathered(b)
+        group = pool.q.shape[1] // keys.shape[1]
+        keys, values = (t.repeat_interleave(group, 1).transpose(0, 1) for t in (keys, values))
+        query = pool.q[b][:, None]
+        exact = torch.softmax(factor * (query.double() @ keys.double().transpose(1, 2)), -1) @ values.double()
+        torchs = F.scaled_dot_product_attention(query[None], keys[None], values[None], scale=scale)[0]
+        assert_as_good_as(out[b], torchs[:, 0], exact[:, 0], f"row {b}, length {length}")
+
+
+@all_cases
+@pytest.mark.parametrize(
+    ("lengths", "heads", "dims", "block_size"),
+    [
+        ([1], (1, 1), (1, 1), 16),
+        ([700, 0, 63, 1], (4, 2), (128, 128), 16),
+        ([256, 257, 512], (7, 1), (64, 64), 32),
+        ([65, 64, 2], (8, 8), (80, 80), 64),
+        ([300], (28, 4), (37, 19), 5),
+        ([0, 0], (4, 2), (32, 32), 16),
+    ],
+    ids=lambda value: "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
+)
+def test_rows(kernel: Case, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block_size: int) -> None:
+    assert kernel.dtype is not None
+    check(make_pool(lengths, heads, dims, kernel.dtype, block_size))
+
+
+@all_cases
+@pytest.mark.parametrize("scale", [1.0, -0.1, 0.0])
+def test_scale(kernel: Case, scale: float) -> None:
+    assert kernel.dtype is not None
+    check(make_pool([270], (2, 1), (16, 16), kernel.dtype), scale)
+
+
+@all_cases
+def test_empty_batch(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    assert make_pool([], (4, 2), (16, 8), kernel.dtype).run().shape == (0, 4, 8)
+
+
+@all_cases
+def test_row_alone_equals_row_in_batch(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    pool = make_pool([300, 17, 600], (4, 2), (32, 32), kernel.dtype)
+    whole = pool.run()
+    for b in range(3):
+        alone = Pool(pool.q[b : b + 1], pool.k, pool.v, pool.table[b : b + 1], pool.lengths[b : b + 1])
+        assert torch.equal(alone.run()[0], whole[b])
+
+
+@all_cases
+def test_strided_pool_and_output(kernel: Case) -> None:
+    """The pool of one layer inside a pool of all layers, and an output inside a wider buffer."""
+    assert kernel.dtype is not None
+    pool = make_pool([40, 33], (4, 2), (24, 24), kernel.dtype)
+    want = pool.run()
+    layers_k = torch.stack([torch.full_like(pool.k, float("nan")), pool.k], 2)
+    layers_v = torch.stack([torch.full_like(pool.v, float("nan")), pool.v], 2)
+    out = torch.full((2, 2, 4, 24), float("nan"), dtype=kernel.dtype)
+    strided = Pool(pool.q, layers_k[:, :, 1], layers_v[:, :, 1], pool.table, pool.lengths)
+    assert not strided.k.is_contiguous()
+    assert torch.equal(strided.run(out=out[:, 1]), want)
+    assert torch.equal(out[:, 1], want)
+    assert out[:, 0].isnan().all()
+
+
+@pytest.mark.skipif(_ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}")
+def test_result_does_not_depend_on_the_number_of_threads() -> None:
+    pool = make_pool([1500], (8, 2), (64, 64), torch.float32)
+    module = _ext.extension()
+    results = []
+    for threads in (1, 2, 3, 7):
+        module.set_num_threads(threads)
+        try:
+            results.append(pool.run())
+        finally:
+            module.set_num_threads(0)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+@pytest.mark.skipif(_ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}")
+@pytest.mark.parametrize(("name", "words"), [("lengths", "lengths"), ("table", "block_table")])
+def test_values_outside_the_pool(name: str, words: str) -> None:
+    pool = make_pool([20], (2, 1), (8, 8), torch.float32)
+    getattr(pool, name).view(-1)[0] = 1000
+    with pytest.raises(ValueError, match=words):
+        pool.run()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "error", "words"),
+    [
+        ("q", torch.zeros(1, 2, 9), ValueError, "k_pool: expected shape"),
+        ("q", torch.zeros(1, 3, 8), ValueError, "multiple of Hkv = 2"),
+        ("v", torch.zeros(2, 16, 2, 8, dtype=torch.float16), TypeError, "v_pool: expected dtype float32"),
+        ("table", torch.zeros(2, 2, dtype=torch.int32), ValueError, "block_table"),
+        ("table", torch.zeros(1, 2, dtype=torch.int64), TypeError, "block_table"),
+        ("lengths", torch.zeros(2, dtype=torch.int32), ValueError, "lengths"),
+    ],
+)
+def test_wrong_arguments(name: str, value: Tensor, error: type[Exception], words: str) -> None:
+    pool = make_pool([20], (2, 2), (8, 8), torch.float32)
+    setattr(pool, name, value)
+    with pytest.raises(error, match=words):
+        pool.run()

@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which backend serves, what is said when it is not the fastest, and what is refused."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import glimpse_kernels
+from glimpse_kernels import UnsupportedError, _ext, attention, dispatch, explain, force_backend, support_table
+
+ROOT = Path(__file__).parents[2]
+needs_extension = pytest.mark.skipif(
+    _ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}"
+)
+
+
+def tiny_attention(dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    x = torch.ones(2, 1, 4).to(dtype)
+    bounds = torch.tensor([0, 2], dtype=torch.int32)
+    result = attention(x, x, x, bounds, bounds, causal=False)
+    assert isinstance(result, torch.Tensor)
+    return result
+
+
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_ext, "_load", lambda: (None, "not built"))
+    monkeypatch.setattr(dispatch, "_cache", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+
+
+def test_every_op_is_exported_and_has_a_definition() -> None:
+    for op in dispatch.ops():
+        assert callable(getattr(glimpse_kernels, op)), op
+        rows = [row for row in support_table() if row.op == op]
+        assert any(row.backend == "naive" and row.device == "any" for row in rows), op
+        for row in rows:
+            module = importlib.import_module(f"glimpse_kernels.{row.folder}.{row.backend}")
+            assert callable(getattr(module, op)), row
+
+
+@needs_extension
+@pytest.mark.parametrize("op", dispatch.ops())
+def test_cpu_backend_serves_every_op(op: str) -> None:
+    row = next(row for row in support_table() if row.op == op and row.backend == "cpu")
+    for dtype in row.dtypes or (torch.int64,):
+        assert dispatch.choose(op, "cpu", dtype) == "cpu", explain(op, "cpu", dtype)
+
+
+def test_gradients_go_through_the_definition() -> None:
+    assert dispatch.choose("attention", "cpu", torch.float32, grad=True) == "naive"
+    assert ("cpu", False, "has no backward and autograd is recording") in explain("attention", grad=True)
+
+
+def test_half_precision_falls_back_and_says_so_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(dispatch, "_cache", {})
+    monkeypatch.setattr(dispatch, "_logged", set())
+    if _ext.compiled() is None:
+        monkeypatch.setattr(dispatch, "_report_fallback", lambda *arguments: None)
+    with caplog.at_level(logging.WARNING, logger="glimpse_kernels"):
+        for _ in range(2):
+            dispatch._cache.clear()
+            assert (tiny_attention(torch.float16) == 1).all()
+    if _ext.compiled() is not None:
+        assert len(caplog.records) == 1
+        assert "has no float16 kernel" in caplog.text
+
+
+def test_missing_extension_is_said_once_for_all_ops(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    without_extension(monkeypatch)
+    with caplog.at_level(logging.WARNING, logger="glimpse_kernels"):
+        tiny_attention()
+        tiny_attention(torch.bfloat16)
+        dispatch.select("rms_norm", "cpu", torch.float32)
+    assert [record.getMessage() for record in caplog.records] == [
+        "glimpse_kernels: compiled CPU kernels not available (not built); using PyTorch definitions, slower"
+    ]
+    assert explain("attention")[0] == ("cpu", False, "compiled extension not available (not built)")
+
+
+def test_forced_backend_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_extension(monkeypatch)
+    with force_backend("cpu"), pytest.raises(UnsupportedError, match="backend cpu .forced. .*not built"):
+        tiny_attention()
+    assert (tiny_attention() == 1).all()
+
+
+def test_unsupported_dtype_names_every_backend() -> None:
+    with pytest.raises(UnsupportedError, match="float64 on cpu.*cpu: has no float64.*naive: has no float64") as caught:
+        tiny_attention(torch.float64)
+    assert isinstance(caught.value, TypeError)
+
+
+def test_wrong_names() -> None:
+    with pytest.raises(ValueError, match="found 'rocm'"), force_backend("rocm"):
+        pass
+    with pytest.raises(ValueError, match="found 'atention'"):
+        explain("atention")
+
+
+def test_force_backend_nests_and_restores() -> None:
+    before = dispatch.forced_backend()
+    with force_backend("naive"):
+        with force_backend("auto"):
+            assert dispatch.forced_backend() == "auto"
+        assert dispatch.choose("attention", "cpu", torch.float32) == "naive"
+    assert dispatch.forced_backend() == before
+
+
+@pytest.mark.parametrize(("value", "want"), [("naive", "naive"), ("NAIVE ", "naive"), ("", None), ("auto", None)])
+def test_environment(value: str, want: str | None) -> None:
+    program = "import torch, glimpse_kernels.dispatch as d; print(d.choose('attention', 'cpu', torch.float32))"
+    result = subprocess.run(
+        [sys.executable, "-c", program], env={**os.environ, "GLIMPSE_BACKEND": value}, cwd=ROOT,
+        capture_output=True, text=True, check=True,
+    )
+    assert result.stdout.strip() == (want or ("naive" if _ext.compiled() is None else "cpu"))
+
+
+def test_environment_with_an_unknown_name() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", "import glimpse_kernels"], env={**os.environ, "GLIMPSE_BACKEND": "gpu"}, cwd=ROOT,
+        capture_output=True, text=True,
+    )
+    assert result.returncode != 0
+    assert "GLIMPSE_BACKEND: expected one of auto, cuda, triton, cpu, naive; found 'gpu'" in result.stderr
+
+
+def test_documented_table_is_the_table() -> None:
+    """docs/kernels.md holds exactly what `dispatch.table_markdown` prints."""
+    page = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
+    assert dispatch.table_markdown() in page, "run: python -c 'from glimpse_kernels.dispatch import *; print(table_markdown())'"

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`glimpse_scores` on every backend and instruction set against a loop in fp64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from glimpse_kernels import attention, glimpse_scores
+from tests.kernels.kernel_cases import Case, cu_seqlens, op_cases
+
+all_cases = pytest.mark.parametrize("kernel", op_cases("glimpse_scores"), indirect=True)
+
+
+def ints(*values: int) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def expected(q: Tensor, k: Tensor, index: Tensor, seq: Tensor, scale: float, lse: Tensor | None) -> Tensor:
+    group = q.shape[1] // k.shape[1]
+    out = torch.zeros(len(index), q.shape[1], dtype=torch.float64)
+    for n in range(len(index)):
+        for h in range(q.shape[1]):
+            out[n, h] = scale * (q[seq[n], h].double() @ k[index[n], h // group].double())
+            if lse is not None:
+                out[n, h] -= lse[seq[n], h].double()
+    return out
+
+
+@all_cases
+@pytest.mark.parametrize("dim", [1, 16, 37, 80, 128])
+@pytest.mark.parametrize("with_lse", [False, True])
+def test_scores(kernel: Case, dim: int, with_lse: bool) -> None:
+    assert kernel.dtype is not None
+    q = torch.randn(3, 6, dim).to(kernel.dtype)
+    k = torch.randn(150, 2, dim).to(kernel.dtype)
+    index = torch.randperm(150)[:131].int()
+    unlisted = torch.ones(150, dtype=torch.bool)
+    unlisted[index.long()] = False
+    k[unlisted] = float("nan")
+    seq = torch.randint(0, 3, (131,)).int()
+    lse = torch.randn(3, 6) if with_lse else None
+    found = glimpse_scores(q, k, index, seq, lse=lse)
+    assert found.dtype == torch.float32
+    want = expected(q, k, index, seq, dim**-0.5, lse)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5)
+
+
+@all_cases
+def test_scale_output_and_strides(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    wide = torch.randn(20, 5, 2, 24).to(kernel.dtype)
+    q, k = wide[:4, 1:], wide[:, :2]  # [4, 4, 2, 24] and [20, 2, 2, 24]; one of the two inner slices each
+    out = torch.full((3, 8), float("nan"))
+    returned = glimpse_scores(q[:, :, 0], k[:, :, 1], ints(19, 0, 7), ints(3, 0, 3), scale=0.5, out=out[:, 2:6])
+    assert returned.data_ptr() == out[:, 2:6].data_ptr()
+    want = expected(q[:, :, 0], k[:, :, 1], ints(19, 0, 7), ints(3, 0, 3), 0.5, None)
+    torch.testing.assert_close(out[:, 2:6].double(), want, rtol=1e-5, atol=1e-5)
+    assert out[:, :2].isnan().all() and out[:, 6:].isnan().all()
+
+
+@all_cases
+def test_no_tokens(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    q, k = (torch.randn(1, 2, 8).to(kernel.dtype) for _ in range(2))
+    assert glimpse_scores(q, k, ints(), ints()).shape == (0, 2)
+
+
+def test_log_softmax_form_agrees_with_attention() -> None:
+    """With the row's lse the exponentials are its attention weights: over all keys they sum to one."""
+    q, k, v = torch.randn(1, 4, 16), torch.randn(50, 2, 16), torch.randn(50, 2, 16)
+    result = attention(q, k, v, cu_seqlens([1]), cu_seqlens([50]), causal=True, return_lse=True)
+    scores = glimpse_scores(q, k, torch.arange(50).int(), torch.zeros(50).int(), lse=result[1])
+    torch.testing.assert_close(scores.exp().sum(0), torch.ones(4), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kernel", op_cases("glimpse_scores")[:1], indirect=True)
+@pytest.mark.parametrize(("index", "seq", "words"), [(5, 0, "token_index"), (-1, 0, "token_index"), (0, 2, "token_seq")])
+def test_rows_outside(kernel: Case, index: int, seq: int, words: str) -> None:
+    q, k = torch.zeros(2, 2, 8, dtype=kernel.dtype), torch.zeros(5, 1, 8, dtype=kernel.dtype)
+    with pytest.raises(ValueError, match=words):
+        glimpse_scores(q, k, ints(index), ints(seq))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"k": torch.zeros(5, 1, 9)}, ValueError, "k: expected shape"),
+        ({"k": torch.zeros(5, 1, 8).bfloat16()}, TypeError, "k: expected dtype float32"),
+        ({"token_index": torch.zeros(3, dtype=torch.int64)}, TypeError, "token_index: expected dtype int32"),
+        ({"token_seq": torch.zeros(4, dtype=torch.int32)}, ValueError, "token_seq: expected shape"),
+        ({"lse": torch.zeros(2, 3)}, ValueError, "lse: expected shape"),
+        ({"out": torch.zeros(3, 2).bfloat16()}, TypeError, "out: expected dtype float32"),
+    ],
+)
+def test_wrong_arguments(change: dict[str, Tensor], error: type[Exception], words: str) -> None:
+    arguments: dict[str, Tensor] = {
+        "q": torch.zeros(2, 2, 8),
+        "k": torch.zeros(5, 1, 8),
+        "token_index": torch.zeros(3, dtype=torch.int32),
+        "token_seq": torch.zeros(3, dtype=torch.int32),
+    }
+    arguments.update(change)
+    with pytest.raises(error, match=words):
+        glimpse_scores(**arguments)  # type: ignore[arg-type]
