@@ -87,7 +87,7 @@ class BaseRun:
     """Settings of base training. A batch has about ``tokens`` image + text positions, whatever the picture size."""
 
     seed: int = 1
-    stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1100, _ALL))
+    stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1200, _ALL))
     decay_steps: int = 500
     tokens: int = 6400
     text_length: int = 160

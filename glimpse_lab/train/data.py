@@ -39,8 +39,9 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_LENGTH = 5
 """Prefix positions besides the image tokens: four before, one after."""
 
-CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 2, 37, 37, 3)
-"""Classes of what a cell shows: colour, form, left and right character, size; 0 is nothing."""
+CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 2, 37, 37, 3, 5, 3)
+"""Classes of what a cell shows: colour, form, left and right character, size, the shape's place from left to right, and whether
+more shapes follow (1) or not (2); 0 is nothing."""
 
 TASK_WEIGHTS = {
     "number": 1.6, "word": 1.6, "only": 1.0, "colour": 0.6, "shape": 0.6, "biggest": 1.0, "colours": 1.4, "things": 1.4,
@@ -55,7 +56,7 @@ class Batch:
 
     pixels uint8 [B, H, W, 3]; ids, labels, block, offset, task int64 [B, T] (label -100: nothing to learn; block -1: padding;
     offset: place in the block); region, evidence bool [B, T, N]: cells of the whole answer and of the next token, false
-    where there is no target; cells int64 [B, N, 5]: classes per cell; last bool [B, T]: last prompt token of a block.
+    where there is no target; cells int64 [B, N, 7]: classes per cell; last bool [B, T]: last prompt token of a block.
     """
 
     rows: int
@@ -90,14 +91,15 @@ def cell_mask(boxes: list[Box], height: int, width: int) -> np.ndarray:
 
 
 def cell_classes(scene: Scene) -> np.ndarray:
-    """What each cell shows, int64 ``[N, 5]`` (see CELL_CLASSES)."""
+    """What each cell shows, int64 ``[N, 7]`` (see CELL_CLASSES)."""
     rows, columns = scene.grid
-    out = np.zeros((rows * columns, 5), dtype=np.int64)
+    out = np.zeros((rows * columns, len(CELL_CLASSES)), dtype=np.int64)
     names = sorted(COLOURS)
-    for thing in scene.things:
+    for place, thing in enumerate(scene.things, 1):
         for r, c in box_cells(thing.box, scene.height, scene.width):
             size = 2 if thing.size == "big" else 1
-            out[r * columns + c] = (names.index(thing.colour) + 1, SHAPES.index(thing.shape) + 1, 0, 0, size)
+            end = 2 if place == len(scene.things) else 1
+            out[r * columns + c] = (names.index(thing.colour) + 1, SHAPES.index(thing.shape) + 1, 0, 0, size, place, end)
     for plate in scene.plates:
         for r, c in box_cells(plate.box, scene.height, scene.width):
             out[r * columns + c, :2] = (names.index(plate.colour) + 1, len(SHAPES) + 1)
@@ -166,7 +168,7 @@ def make_batch(
     last = np.zeros((count, text_length), dtype=bool)
     region = np.zeros((count, text_length, n), dtype=bool)
     evidence = np.zeros((count, text_length, n), dtype=bool)
-    cells = np.empty((count, n, 5), dtype=np.int64)
+    cells = np.empty((count, n, len(CELL_CLASSES)), dtype=np.int64)
     for b in range(count):
         scene = make_scene(first_seed + b, height, width)
         pixels[b] = np.asarray(render(scene))

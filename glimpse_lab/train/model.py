@@ -273,7 +273,7 @@ class CellHeads(nn.Module):
         self.out = nn.Linear(width, sum(CELL_CLASSES))
 
     def forward(self, image: Tensor, cells: Tensor) -> Tensor:
-        """Cross-entropy. image float32 [B, N, C], cells [B, N, 5]. Empty cells count a tenth."""
+        """Cross-entropy. image float32 [B, N, C], cells [B, N, 7]. Empty cells count a tenth."""
         image = image * torch.rsqrt(image.pow(2).mean(-1, keepdim=True) + 1e-6)
         loss = image.new_zeros(())
         for part, target in zip(self.out(image).split(CELL_CLASSES, dim=-1), cells.unbind(-1), strict=True):

@@ -148,9 +148,9 @@ def pack(
 
 
 def _visuals(
-    """Images and videos in the order in which prompts use them; the tower gives all images, then all videos."""
+    images: Sequence[Grid], videos: Sequence[Grid], seconds: Sequence[float] | None, config: ModelConfig
 ) -> dict[str, deque[_Visual]]:
-    """Images and videos in the order in which prompts use them; the tower's output holds all images, then all videos."""
+    """Images and videos in the order in which prompts use them; the tower gives all images, then all videos."""
     if seconds is not None and len(seconds) != len(videos):
         raise GlimpseError(f"second_per_grid_ts: expected {len(videos)} values, found {len(seconds)}")
     merge = config.vision.merge_size
@@ -225,7 +225,9 @@ def _positions(segments: Sequence[_Segment]) -> np.ndarray:
 def check_ids(input_ids: object) -> torch.Tensor:
     """`input_ids` as the integer tensor `[B, L]` it must be."""
     if not isinstance(input_ids, torch.Tensor):
-        raise GlimpseError(f"input_ids: expected an integer tensor [batch, length], found {type(input_ids).__name__}")
+        raise GlimpseError(
+            f"input_ids: expected an integer tensor [batch, length], found {type(input_ids).__name__}"
+        )
     if input_ids.ndim != 2 or input_ids.is_floating_point() or input_ids.shape[0] == 0:
         found = f"{input_ids.dtype} {list(input_ids.shape)}"
         raise GlimpseError(f"input_ids: expected an integer tensor [batch, length], found {found}")
