@@ -43,9 +43,8 @@ lint: $(STAMP) ## ruff and mypy
 unit: $(STAMP) ## all tests (PYTEST="..." passes flags on)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
-train-tiny: $(STAMP) ## reproduce models/tiny from nothing (hours on two cores, minutes on a GPU)
-	$(PIP) --constraint $(VENV)/constraints.txt tqdm
-	$(BIN)/python -m glimpse_lab.train
+train-tiny: $(STAMP) ## train models/tiny anew, into runs/tiny; an interrupted run goes on (hours on two cores)
+	$(BIN)/python -m glimpse_lab.train all --folder runs/tiny --to runs/tiny/model
 
 clean: ## remove build results and caches, keep .venv
 	rm -rf build dist demo_out .pytest_cache .mypy_cache .ruff_cache .hypothesis *.egg-info $(STAMP)

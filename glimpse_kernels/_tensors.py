@@ -30,7 +30,7 @@ def expect_shape(op: str, name: str, t: Tensor, shape: Sequence[int | None], tex
     """ValueError unless `t` has this shape. None accepts any size; `text` is the shape in words, e.g. "[T, Hq, D]"."""
     found = t.shape
     if len(found) == len(shape):
-        for size, want in zip(found, shape):
+        for size, want in zip(found, shape, strict=True):
             if want is not None and size != want:
                 break
         else:
@@ -59,7 +59,8 @@ def expect_last_contiguous(op: str, **tensors: Tensor | None) -> None:
     for name, t in tensors.items():
         if t is not None and t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
             raise ValueError(
-                f"{op}: {name}: expected a contiguous last dimension, found strides {list(t.stride())} for {describe(t)}"
+                f"{op}: {name}: expected a contiguous last dimension, found strides {list(t.stride())} "
+                f"for {describe(t)}"
             )
 
 
@@ -76,7 +77,9 @@ def expect_cu_seqlens(op: str, name: str, t: Tensor, segments: int | None = None
 def expect_contiguous(op: str, name: str, t: Tensor) -> None:
     """ValueError unless `t` is contiguous."""
     if not t.is_contiguous():
-        raise ValueError(f"{op}: {name}: expected a contiguous tensor, found strides {list(t.stride())} for {describe(t)}")
+        raise ValueError(
+            f"{op}: {name}: expected a contiguous tensor, found strides {list(t.stride())} for {describe(t)}"
+        )
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

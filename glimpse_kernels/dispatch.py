@@ -122,7 +122,7 @@ def forced_backend() -> str:
 
 @contextmanager
 def force_backend(name: str) -> Iterator[None]:
-    """Use only this backend inside the block ("auto" restores the normal choice). For tests and benchmarks; not thread-safe."""
+    """Use only this backend inside the block ("auto": the normal choice). For tests and benchmarks; not thread-safe."""
     global _forced
     if name != "auto" and name not in BACKENDS:
         raise ValueError(f"force_backend: name: expected one of auto, {', '.join(BACKENDS)}; found {name!r}")
@@ -197,7 +197,9 @@ def _log_once(key: str, message: str) -> None:
         logger.warning(message)
 
 
-def _report_fallback(op: str, kind: str, dtype: torch.dtype, verdicts: list[tuple[str, bool, str]], grad: bool) -> None:
+def _report_fallback(
+    op: str, kind: str, dtype: torch.dtype, verdicts: list[tuple[str, bool, str]], grad: bool
+) -> None:
     """Say once that a slower backend serves although the table has a faster one for this device."""
     if grad:  # training asks for the definitions, nothing is lost
         return
@@ -234,7 +236,9 @@ def choose(op: str, device: torch.device | str, dtype: torch.dtype, *, grad: boo
         return _forced
     wanted = "a backend" if _forced == "auto" else f"backend {_forced} (forced)"
     tried = "; ".join(f"{backend}: {reason}" for backend, usable, reason in verdicts if not usable)
-    raise UnsupportedError(f"{op}: expected {wanted} for {_dtype_name(dtype)} on {kind}, found none usable: {tried}")
+    raise UnsupportedError(
+        f"{op}: expected {wanted} for {_dtype_name(dtype)} on {kind}, found none usable: {tried}"
+    )
 
 
 def select(op: str, device: torch.device | str, dtype: torch.dtype, *, grad: bool = False) -> BackendFn:

@@ -93,12 +93,16 @@ def attention(
     check.expect_dtype(op, "k", k, q.dtype)
     check.expect_dtype(op, "v", v, q.dtype)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q: expected a multiple of Hkv = {k.shape[1]} heads, found {check.describe(q)}")
+        raise ValueError(
+            f"{op}: q: expected a multiple of Hkv = {k.shape[1]} heads, found {check.describe(q)}"
+        )
     check.expect_cu_seqlens(op, "cu_seqlens_q", cu_seqlens_q)
     check.expect_cu_seqlens(op, "cu_seqlens_k", cu_seqlens_k, cu_seqlens_q.shape[0] - 1)
     if q_positions is not None:
         if not causal:
-            raise ValueError(f"{op}: q_positions: expected None with causal=False, found {check.describe(q_positions)}")
+            raise ValueError(
+                f"{op}: q_positions: expected None with causal=False, found {check.describe(q_positions)}"
+            )
         check.expect_dtype(op, "q_positions", q_positions, torch.int32)
         check.expect_shape(op, "q_positions", q_positions, (q.shape[0],), "[Tq]")
         check.expect_contiguous(op, "q_positions", q_positions)
@@ -107,7 +111,14 @@ def attention(
         check.expect_shape(op, "out", out, (q.shape[0], q.shape[1], v.shape[2]), "[Tq, Hq, Dv]")
     check.expect_last_contiguous(op, q=q, k=k, v=v, out=out)
     check.expect_same_device(
-        op, q.device, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, q_positions=q_positions, out=out
+        op,
+        q.device,
+        k=k,
+        v=v,
+        cu_seqlens_q=cu_seqlens_q,
+        cu_seqlens_k=cu_seqlens_k,
+        q_positions=q_positions,
+        out=out,
     )
     serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k, v))
     return serve(

@@ -36,7 +36,7 @@ def attention(
         )
 
     parts: list[tuple[Tensor, Tensor]] = [empty(q_bounds[0])]
-    for q0, q1, k0, k1 in zip(q_bounds, q_bounds[1:], k_bounds, k_bounds[1:]):
+    for q0, q1, k0, k1 in zip(q_bounds[:-1], q_bounds[1:], k_bounds[:-1], k_bounds[1:], strict=True):
         keys = k[k0:k1].float().repeat_interleave(group, dim=1)
         values = v[k0:k1].float().repeat_interleave(group, dim=1)
         for start in range(q0, q1, QUERY_CHUNK):

@@ -38,12 +38,16 @@ def decode_attention(
     """
     op = "decode_attention"
     check.expect_shape(op, "q", q, (None, None, None), "[B, Hq, D]")
-    check.expect_shape(op, "k_pool", k_pool, (None, None, None, q.shape[2]), "[num_blocks, block_size, Hkv, D]")
+    check.expect_shape(
+        op, "k_pool", k_pool, (None, None, None, q.shape[2]), "[num_blocks, block_size, Hkv, D]"
+    )
     check.expect_shape(op, "v_pool", v_pool, (*k_pool.shape[:3], None), "[num_blocks, block_size, Hkv, Dv]")
     check.expect_dtype(op, "k_pool", k_pool, q.dtype)
     check.expect_dtype(op, "v_pool", v_pool, q.dtype)
     if k_pool.shape[2] == 0 or q.shape[1] % k_pool.shape[2]:
-        raise ValueError(f"{op}: q: expected a multiple of Hkv = {k_pool.shape[2]} heads, found {check.describe(q)}")
+        raise ValueError(
+            f"{op}: q: expected a multiple of Hkv = {k_pool.shape[2]} heads, found {check.describe(q)}"
+        )
     check.expect_dtype(op, "block_table", block_table, torch.int32)
     check.expect_shape(op, "block_table", block_table, (q.shape[0], None), "[B, max_blocks]")
     check.expect_dtype(op, "lengths", lengths, torch.int32)

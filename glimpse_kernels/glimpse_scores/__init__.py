@@ -41,7 +41,9 @@ def glimpse_scores(
     check.expect_shape(op, "k", k, (None, None, q.shape[2]), "[T, Hkv, D]")
     check.expect_dtype(op, "k", k, q.dtype)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-        raise ValueError(f"{op}: q: expected a multiple of Hkv = {k.shape[1]} heads, found {check.describe(q)}")
+        raise ValueError(
+            f"{op}: q: expected a multiple of Hkv = {k.shape[1]} heads, found {check.describe(q)}"
+        )
     for name, index in (("token_index", token_index), ("token_seq", token_seq)):
         check.expect_dtype(op, name, index, torch.int32)
         check.expect_shape(op, name, index, (token_index.shape[0] if token_index.dim() else None,), "[N]")
@@ -53,7 +55,9 @@ def glimpse_scores(
         check.expect_dtype(op, "out", out, torch.float32)
         check.expect_shape(op, "out", out, (token_index.shape[0], q.shape[1]), "[N, Hq]")
     check.expect_last_contiguous(op, q=q, k=k, lse=lse, out=out)
-    check.expect_same_device(op, q.device, k=k, token_index=token_index, token_seq=token_seq, lse=lse, out=out)
+    check.expect_same_device(
+        op, q.device, k=k, token_index=token_index, token_seq=token_seq, lse=lse, out=out
+    )
     serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k, lse))
     result: Tensor = serve(q, k, token_index, token_seq, scale=scale, lse=lse, out=out)
     return result

@@ -22,7 +22,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 from glimpse_lab.tokens import build_tokenizer
 from glimpse_lab.train import checkpoint
 from glimpse_lab.train.config import BaseRun, ModelShape, Stage
-from glimpse_lab.train.data import TASK_NAMES, Batch, Encoder, Schedule, batch_count, make_batch
+from glimpse_lab.train.data import TASK_NAMES, Batch, Encoder, Schedule, make_batch
 from glimpse_lab.train.model import CellHeads, Forward, Output, new_model, pointing_loss
 from glimpse_lab.train.optim import make_optimizers, set_rate, wsd
 from glimpse_lab.world import HELD_OUT_SEED
@@ -56,6 +56,8 @@ class BaseTrainer:
         region = pointing_loss(first[0], first[1], batch.region, 0)
         evidence = pointing_loss(second[0], second[1], batch.evidence, 0)
         cells = self.heads(out.image_embeds, batch.cells)
+        if batch.more_pixels is not None and batch.more_cells is not None:
+            cells = (cells + self.heads(self.forward.vision(batch.more_pixels)[0], batch.more_cells)) / 2
         loss = answer + self.run.point_weight * (region + evidence) + self.run.cell_weight * cells
         parts = {"answer": answer, "region": region, "evidence": evidence, "cells": cells}
         return loss, {k: v.item() for k, v in parts.items()}, out
@@ -74,7 +76,7 @@ class BaseTrainer:
     def schedule(self) -> Schedule:
         stages = [(s.steps, s.sizes) for s in self.run.stages]
         run = self.run
-        return Schedule(self.tokenizer, run.seed, stages, run.tokens, run.text_length, run.short_until)
+        return Schedule(self.tokenizer, run.seed, stages, run.tokens, run.text_length, run.short_until, run.more_patches)
 
     def state_dict(self) -> dict:
         return {
@@ -177,5 +179,5 @@ def tiny_run() -> tuple[ModelShape, BaseRun]:
     """Settings small enough for a test: two text layers' worth of seconds, not a useful model."""
     shape = ModelShape(hidden=64, layers=4, heads=2, kv_heads=1, mlp=96, vision_hidden=64, vision_layers=4, vision_heads=2,
                        vision_mlp=64, reduce_layer=1, fuse_size=32, cond_size=32)  # fmt: skip
-    run = BaseRun(tokens=900, text_length=96, point_layers=(1, 2), warmup=2, decay_steps=2, save_every=2, eval_every=10**9)
-    return shape, replace(run, stages=(Stage(6, {(168, 168): 1.0}),))
+    run = BaseRun(tokens=700, text_length=64, more_patches=144, point_layers=(1, 2), warmup=2, decay_steps=2, save_every=2, eval_every=10**9)
+    return shape, replace(run, stages=(Stage(4, {(168, 168): 1.0}),))

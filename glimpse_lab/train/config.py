@@ -87,10 +87,11 @@ class BaseRun:
     """Settings of base training. A batch has about ``tokens`` image + text positions, whatever the picture size."""
 
     seed: int = 1
-    stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1200, _ALL))
-    decay_steps: int = 500
+    stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1450, _ALL))
+    decay_steps: int = 850
     tokens: int = 6400
     text_length: int = 160
+    more_patches: int = 5800
     muon_lr: float = 0.02
     adam_lr: float = 3e-3
     warmup: int = 50

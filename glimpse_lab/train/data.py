@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,6 +40,7 @@ TAIL = "<|im_end|>\n<|im_start|>assistant\n"
 PREFIX_LENGTH = 5
 """Prefix positions besides the image tokens: four before, one after."""
 
+CELL_WEIGHTS = (1.0, 1.0, 1.0, 1.0, 1.0, 4.0, 2.0)
 CELL_CLASSES = (len(COLOURS) + 1, len(SHAPES) + 2, 37, 37, 3, 5, 3)
 """Classes of what a cell shows: colour, form, left and right character, size, the shape's place from left to right, and whether
 more shapes follow (1) or not (2); 0 is nothing."""
@@ -57,6 +59,7 @@ class Batch:
     pixels uint8 [B, H, W, 3]; ids, labels, block, offset, task int64 [B, T] (label -100: nothing to learn; block -1: padding;
     offset: place in the block); region, evidence bool [B, T, N]: cells of the whole answer and of the next token, false
     where there is no target; cells int64 [B, N, 7]: classes per cell; last bool [B, T]: last prompt token of a block.
+    more_pixels, more_cells: further pictures (of a size of their own) for the cell read-outs alone.
     """
 
     rows: int
@@ -71,12 +74,14 @@ class Batch:
     evidence: Tensor
     cells: Tensor
     last: Tensor
+    more_pixels: Tensor | None = None
+    more_cells: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         return Batch(**{f.name: _move(getattr(self, f.name), device) for f in fields(self)})
 
 
-def _move(value: Tensor | int, device: torch.device) -> Tensor | int:
+def _move(value: Any, device: torch.device) -> Any:
     return value.to(device) if isinstance(value, Tensor) else value
 
 
@@ -215,10 +220,11 @@ class Schedule(torch.utils.data.Dataset):
         tokens: int,
         text_length: int,
         short_until: int = 0,
+        more_patches: int = 0,
     ) -> None:
         self._encoder = Encoder(tokenizer)
         self._seed, self._stages, self._tokens, self._text_length = seed, stages, tokens, text_length
-        self._short_until = short_until
+        self._short_until, self._more_patches = short_until, more_patches
 
     def __getitem__(self, step: int) -> Batch:
         rng = random.Random(f"step {self._seed} {step}")
@@ -231,7 +237,18 @@ class Schedule(torch.utils.data.Dataset):
         count = batch_count(self._tokens, height, width, self._text_length)
         first = rng.randrange(HELD_OUT_SEED - count)
         short = 0.4 * max(0.0, 1 - step / self._short_until) if self._short_until else 0.0
-        return make_batch(self._encoder, first, count, height, width, self._text_length, short_share=short)
+        batch = make_batch(self._encoder, first, count, height, width, self._text_length, short_share=short)
+        if not self._more_patches:
+            return batch
+        side = rng.choice((168, 224, 280))
+        more = self._more_patches // (side // 14) ** 2
+        first = rng.randrange(HELD_OUT_SEED - more)
+        scenes = [make_scene(first + i, side, side) for i in range(more)]
+        return replace(
+            batch,
+            more_pixels=torch.from_numpy(np.stack([np.asarray(render(s)) for s in scenes])),
+            more_cells=torch.from_numpy(np.stack([cell_classes(s) for s in scenes])),
+        )
 
     def __len__(self) -> int:
         return sum(length for length, _ in self._stages)

@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2_5_VLForConditionalGenera
 
 from glimpse_lab.tokens import IMAGE_MEAN, IMAGE_STD
 from glimpse_lab.train.config import ModelShape
-from glimpse_lab.train.data import CELL_CLASSES, PREFIX, PREFIX_LENGTH, Batch
+from glimpse_lab.train.data import CELL_CLASSES, CELL_WEIGHTS, PREFIX, PREFIX_LENGTH, Batch
 
 
 def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
@@ -276,10 +276,11 @@ class CellHeads(nn.Module):
         """Cross-entropy. image float32 [B, N, C], cells [B, N, 7]. Empty cells count a tenth."""
         image = image * torch.rsqrt(image.pow(2).mean(-1, keepdim=True) + 1e-6)
         loss = image.new_zeros(())
-        for part, target in zip(self.out(image).split(CELL_CLASSES, dim=-1), cells.unbind(-1), strict=True):
+        parts = self.out(image).split(CELL_CLASSES, dim=-1)
+        for part, target, share in zip(parts, cells.unbind(-1), CELL_WEIGHTS, strict=True):
             weight = torch.where(target > 0, 1.0, 0.1).flatten()
             each = F.cross_entropy(part.flatten(0, 1), target.flatten(), reduction="none")
-            loss = loss + (each * weight).sum() / weight.sum()
+            loss = loss + share * (each * weight).sum() / weight.sum()
         return loss / len(CELL_CLASSES)
 
 

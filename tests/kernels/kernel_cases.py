@@ -69,14 +69,16 @@ class Case:
 
 
 def op_cases(op: str) -> list[object]:
-    """pytest parameters for the `kernel` fixture: every (backend, instruction set, dtype) the table has for CPU tensors."""
+    """pytest parameters for the `kernel` fixture: all backends, instruction sets and dtypes for CPU tensors."""
     params: list[object] = []
     for row in dispatch.support_table():
         if row.op != op or row.device not in ("cpu", "any"):
             continue
         if row.backend == "cpu" and _ext.compiled() is None:
             reason = f"compiled extension not available: {_ext.compiled_error()}"
-            params.append(pytest.param(Case(op, "cpu", None, None), id="cpu", marks=pytest.mark.skip(reason=reason)))
+            params.append(
+                pytest.param(Case(op, "cpu", None, None), id="cpu", marks=pytest.mark.skip(reason=reason))
+            )
             continue
         for isa in isas_here() if row.backend == "cpu" else [None]:
             for dtype in row.dtypes or (None,):
@@ -86,7 +88,7 @@ def op_cases(op: str) -> list[object]:
 
 
 def assert_as_good_as(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str = "") -> None:
-    """The FlashAttention rule: our error against the fp32 truth is at most twice the error of plain PyTorch in our dtype.
+    """The FlashAttention rule: our error against the truth is at most twice the error of plain PyTorch in our dtype.
 
     One rounding of the largest value is always granted (plain PyTorch may happen to be exact), in fp32 a whole unit in
     its last place: there the inner sums are as coarse as the result.
@@ -98,7 +100,9 @@ def assert_as_good_as(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str
     noise = (same_dtype.double() - truth).abs().max().item() if truth.numel() else 0.0
     unit = torch.finfo(same_dtype.dtype).eps * (truth.abs().max().item() if truth.numel() else 0.0)
     one_rounding = unit if same_dtype.dtype is torch.float32 else unit / 2
-    assert found <= 2 * noise + one_rounding, f"{what}: error {found:.3e}, plain PyTorch in the same dtype {noise:.3e}"
+    assert found <= 2 * noise + one_rounding, (
+        f"{what}: error {found:.3e}, plain PyTorch in the same dtype {noise:.3e}"
+    )
 
 
 def cu_seqlens(lengths: Sequence[int]) -> Tensor:
@@ -111,4 +115,4 @@ def fused_views(*tensors: Tensor) -> list[Tensor]:
     rows = tensors[0].shape[0]
     wide = torch.cat([t.reshape(rows, -1) for t in tensors], dim=1)
     parts = wide.split([t.shape[1] * t.shape[2] for t in tensors], dim=1)
-    return [part.view(rows, t.shape[1], t.shape[2]) for part, t in zip(parts, tensors)]
+    return [part.view(rows, t.shape[1], t.shape[2]) for part, t in zip(parts, tensors, strict=True)]

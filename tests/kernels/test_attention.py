@@ -26,7 +26,14 @@ def visible(lq: int, lk: int, causal: bool, positions: Tensor | None) -> Tensor:
 
 
 def per_segment(
-    q: Tensor, k: Tensor, v: Tensor, lq: list[int], lk: list[int], causal: bool, scale: float | None, positions: Tensor | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lq: list[int],
+    lk: list[int],
+    causal: bool,
+    scale: float | None,
+    positions: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Truth in fp64, PyTorch's own attention in the inputs' dtype, and the lse in fp64, each segment by itself."""
     group = q.shape[1] // k.shape[1]
@@ -34,7 +41,7 @@ def per_segment(
     same = torch.zeros(q.shape[0], q.shape[1], v.shape[2], dtype=q.dtype)
     lse = torch.full((q.shape[0], q.shape[1]), float("-inf"), dtype=torch.float64)
     q0 = k0 = 0
-    for nq, nk in zip(lq, lk):
+    for nq, nk in zip(lq, lk, strict=True):
         if nq and nk:
             where = positions[q0 : q0 + nq] if positions is not None else None
             mask = visible(nq, nk, causal, where)
@@ -46,7 +53,9 @@ def per_segment(
             logits = (qs.double() @ ks.double().transpose(1, 2)) * factor
             logits = logits.masked_fill(~mask, float("-inf"))
             exact = torch.softmax(logits, -1) @ vs.double()
-            torchs = F.scaled_dot_product_attention(qs[None], ks[None], vs[None], attn_mask=mask, scale=scale)[0]
+            torchs = F.scaled_dot_product_attention(
+                qs[None], ks[None], vs[None], attn_mask=mask, scale=scale
+            )[0]
             truth[q0 : q0 + nq][some] = exact.transpose(0, 1)[some]
             same[q0 : q0 + nq][some] = torchs.transpose(0, 1)[some]
             lse[q0 : q0 + nq] = torch.logsumexp(logits, -1).transpose(0, 1)
@@ -79,7 +88,15 @@ def check(
         positions = F.pad(positions, (0, tail)).int()
     truth, same, lse = per_segment(q, k, v, lq, lk, causal, scale, positions)
     out, found_lse = attention(
-        q, k, v, cu_seqlens(lq), cu_seqlens(lk), causal=causal, scale=scale, q_positions=positions, return_lse=True
+        q,
+        k,
+        v,
+        cu_seqlens(lq),
+        cu_seqlens(lk),
+        causal=causal,
+        scale=scale,
+        q_positions=positions,
+        return_lse=True,
     )
     assert out.dtype == case.dtype and found_lse.dtype == torch.float32
     assert_as_good_as(out, same, truth, f"{lq} x {lk}, heads {heads}, dims {dims}")
@@ -172,16 +189,19 @@ def test_views_into_a_fused_buffer(kernel: Case) -> None:
 
 @all_cases
 def test_segment_alone_equals_segment_in_batch(kernel: Case) -> None:
-    """The same rows give the same bits, whatever lies beside them (a segment's work never depends on its neighbours)."""
+    """A segment's result does not depend on its neighbours; in the kernels not even in the last bit."""
     assert kernel.dtype is not None
     lengths = [70, 1, 129]
     q, k, v = (torch.randn(sum(lengths), h, 32).to(kernel.dtype) for h in (4, 2, 2))
     bounds = cu_seqlens(lengths)
     whole = attention(q, k, v, bounds, bounds, causal=True)
-    for start, stop in zip(bounds.tolist(), bounds.tolist()[1:]):
+    for start, stop in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
         own = cu_seqlens([stop - start])
         alone = attention(q[start:stop], k[start:stop], v[start:stop], own, own, causal=True)
-        torch.testing.assert_close(whole[start:stop], alone, rtol=0, atol=2 * torch.finfo(kernel.dtype).eps)
+        if kernel.backend == "naive":
+            torch.testing.assert_close(whole[start:stop], alone, rtol=0, atol=2 * torch.finfo(kernel.dtype).eps)
+        else:
+            assert torch.equal(whole[start:stop], alone)
 
 
 @all_cases
@@ -223,7 +243,11 @@ def test_any_packing(kernel: Case, data: st.DataObject) -> None:
     out, lse = attention(q, k, v, *bounds, causal=causal, return_lse=True)
     want, want_lse = naive_attention(q.float(), k.float(), v.float(), *bounds, causal=causal, return_lse=True)
     eps = torch.finfo(kernel.dtype).eps
-    bound = (2 if kernel.dtype is torch.bfloat16 else 16) * eps * max(1.0, v.abs().max().item() if v.numel() else 1.0)
+    bound = (
+        (2 if kernel.dtype is torch.bfloat16 else 16)
+        * eps
+        * max(1.0, v.abs().max().item() if v.numel() else 1.0)
+    )
     torch.testing.assert_close(out.float(), want, rtol=0, atol=bound)
     torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5)
 
@@ -238,12 +262,14 @@ def test_definition_is_differentiable() -> None:
     total = torch.zeros(())
     for a, b in ((0, 2), (2, 6)):
         part = F.scaled_dot_product_attention(
-            q[a:b].transpose(0, 1), k[a:b].expand(-1, 2, -1).transpose(0, 1), v[a:b].expand(-1, 2, -1).transpose(0, 1),
+            q[a:b].transpose(0, 1),
+            k[a:b].expand(-1, 2, -1).transpose(0, 1),
+            v[a:b].expand(-1, 2, -1).transpose(0, 1),
             is_causal=True,
         )
         total = total + part.square().sum()
     total.backward()
-    for found, t in zip(grads, (q, k, v)):
+    for found, t in zip(grads, (q, k, v), strict=True):
         torch.testing.assert_close(found, t.grad)
 
 
@@ -257,7 +283,11 @@ def test_definition_is_differentiable() -> None:
         ({"cu_seqlens_q": torch.tensor([0, 4])}, TypeError, "cu_seqlens_q: expected dtype int32"),
         ({"cu_seqlens_k": torch.tensor([0, 2, 4], dtype=torch.int32)}, ValueError, "cu_seqlens_k"),
         ({"q_positions": torch.zeros(4, dtype=torch.int32), "causal": False}, ValueError, "q_positions"),
-        ({"q_positions": torch.zeros(3, dtype=torch.int32)}, ValueError, r"q_positions: expected shape \[Tq\]"),
+        (
+            {"q_positions": torch.zeros(3, dtype=torch.int32)},
+            ValueError,
+            r"q_positions: expected shape \[Tq\]",
+        ),
         ({"out": torch.zeros(4, 4, 9)}, ValueError, "out: expected shape"),
         ({"q": torch.zeros(4, 8, 4).transpose(1, 2)}, ValueError, "contiguous last dimension"),
         ({"q": torch.zeros(4, 8)}, ValueError, "expected shapes"),
@@ -278,7 +308,9 @@ def test_wrong_arguments(change: dict[str, object], error: type[Exception], word
         attention(**given_arguments)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("kernel", [p for p in op_cases("attention") if "cpu" in str(p.id)][:1], indirect=True)  # type: ignore[attr-defined]
+@pytest.mark.parametrize(
+    "kernel", [p for p in op_cases("attention") if "cpu" in str(p.id)][:1], indirect=True
+)  # type: ignore[attr-defined]
 @pytest.mark.parametrize("bounds", [[0, 5], [0, 3, 2, 4], [-1, 4]])
 def test_bounds_outside_the_rows(kernel: Case, bounds: list[int]) -> None:
     q, k, v = (torch.zeros(4, 1, 8, dtype=kernel.dtype) for _ in range(3))

@@ -37,7 +37,11 @@ class Pool:
 
 
 def make_pool(
-    lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], dtype: torch.dtype, block_size: int = 16
+    lengths: list[int],
+    heads: tuple[int, int],
+    dims: tuple[int, int],
+    dtype: torch.dtype,
+    block_size: int = 16,
 ) -> Pool:
     blocks_of = [-(-length // block_size) for length in lengths]
     order = torch.randperm(sum(blocks_of) + 2).tolist()
@@ -84,7 +88,9 @@ def check(pool: Pool, scale: float | None = None) -> None:
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
 )
-def test_rows(kernel: Case, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block_size: int) -> None:
+def test_rows(
+    kernel: Case, lengths: list[int], heads: tuple[int, int], dims: tuple[int, int], block_size: int
+) -> None:
     assert kernel.dtype is not None
     check(make_pool(lengths, heads, dims, kernel.dtype, block_size))
 
@@ -101,7 +107,9 @@ def test_scale_zero_is_the_mean(kernel: Case) -> None:
     assert kernel.dtype is not None
     pool = make_pool([270], (2, 1), (16, 16), kernel.dtype)
     mean = pool.gathered(0)[1].double().mean(0).expand(2, -1)
-    torch.testing.assert_close(pool.run(scale=0.0)[0].double(), mean, rtol=0, atol=torch.finfo(kernel.dtype).eps)
+    torch.testing.assert_close(
+        pool.run(scale=0.0)[0].double(), mean, rtol=0, atol=torch.finfo(kernel.dtype).eps
+    )
 
 
 @all_cases
@@ -136,7 +144,9 @@ def test_strided_pool_and_output(kernel: Case) -> None:
     assert out[:, 0].isnan().all()
 
 
-@pytest.mark.skipif(_ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}")
+@pytest.mark.skipif(
+    _ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}"
+)
 def test_result_does_not_depend_on_the_number_of_threads() -> None:
     pool = make_pool([1500], (8, 2), (64, 64), torch.float32)
     module = _ext.extension()
@@ -150,7 +160,9 @@ def test_result_does_not_depend_on_the_number_of_threads() -> None:
     assert all(torch.equal(results[0], other) for other in results[1:])
 
 
-@pytest.mark.skipif(_ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}")
+@pytest.mark.skipif(
+    _ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}"
+)
 @pytest.mark.parametrize(("name", "words"), [("lengths", "lengths"), ("table", "block_table")])
 def test_values_outside_the_pool(name: str, words: str) -> None:
     pool = make_pool([20], (2, 1), (8, 8), torch.float32)

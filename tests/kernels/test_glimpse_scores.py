@@ -53,7 +53,9 @@ def test_scale_output_and_strides(kernel: Case) -> None:
     wide = torch.randn(20, 5, 2, 24).to(kernel.dtype)
     q, k = wide[:4, 1:], wide[:, :2]  # [4, 4, 2, 24] and [20, 2, 2, 24]; one of the two inner slices each
     out = torch.full((3, 8), float("nan"))
-    returned = glimpse_scores(q[:, :, 0], k[:, :, 1], ints(19, 0, 7), ints(3, 0, 3), scale=0.5, out=out[:, 2:6])
+    returned = glimpse_scores(
+        q[:, :, 0], k[:, :, 1], ints(19, 0, 7), ints(3, 0, 3), scale=0.5, out=out[:, 2:6]
+    )
     assert returned.data_ptr() == out[:, 2:6].data_ptr()
     want = expected(q[:, :, 0], k[:, :, 1], ints(19, 0, 7), ints(3, 0, 3), 0.5, None)
     torch.testing.assert_close(out[:, 2:6].double(), want, rtol=1e-5, atol=1e-5)
@@ -76,7 +78,9 @@ def test_log_softmax_form_agrees_with_attention() -> None:
 
 
 @pytest.mark.parametrize("kernel", op_cases("glimpse_scores")[:1], indirect=True)
-@pytest.mark.parametrize(("index", "seq", "words"), [(5, 0, "token_index"), (-1, 0, "token_index"), (0, 2, "token_seq")])
+@pytest.mark.parametrize(
+    ("index", "seq", "words"), [(5, 0, "token_index"), (-1, 0, "token_index"), (0, 2, "token_seq")]
+)
 def test_rows_outside(kernel: Case, index: int, seq: int, words: str) -> None:
     q, k = torch.zeros(2, 2, 8, dtype=kernel.dtype), torch.zeros(5, 1, 8, dtype=kernel.dtype)
     with pytest.raises(ValueError, match=words):

@@ -19,7 +19,19 @@ pytestmark = pytest.mark.skipif(
     _ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}"
 )
 
-FLAGS = {"avx2": {"avx2", "fma"}, "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"}, "avx512bf16": {"avx512_bf16"}}
+FLAGS = {
+    "avx2": {"avx2", "fma"},
+    "avx512": {"avx512f", "avx512bw", "avx512dq", "avx512vl"},
+    "avx512bf16": {"avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_bf16"},
+}
+LOAD = """
+import importlib.util, sys
+spec = importlib.util.spec_from_file_location("_C", sys.argv[1])
+module = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(module)
+assert "torch" not in sys.modules
+"""
+"""Loads the extension by its path into a process that has no torch."""
 
 
 def cpu_flags() -> set[str]:
@@ -29,13 +41,13 @@ def cpu_flags() -> set[str]:
     return set()
 
 
-def threads_of_this_process() -> set[int]:
-    return {int(name) for name in os.listdir("/proc/self/task")}
-
-
 def run(program: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **environment}, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", program, str(_ext.extension().__file__)],
+        env={**os.environ, **environment},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
 
 
@@ -64,7 +76,7 @@ def test_set_isa() -> None:
 
 
 def test_environment_chooses_the_instruction_set() -> None:
-    program = "from glimpse_kernels._ext import extension; print(extension().isa())"
+    program = LOAD + "print(module.isa())"
     assert run(program, GLIMPSE_CPU_ISA="baseline").stdout.strip() == "baseline"
     assert run(program, GLIMPSE_CPU_ISA="auto").stdout.strip() == isas_here()[0]
     refused = run(program, GLIMPSE_CPU_ISA="sse9")
@@ -121,13 +133,9 @@ print(module.thread_pool(), len(used), before == after, used <= before)
 
 def test_own_threads_without_openmp() -> None:
     """In a process without torch the extension brings a pool of its own and still does every task once."""
-    path = _ext.extension().__file__
-    program = f"""
-import importlib.util, sys
-spec = importlib.util.spec_from_file_location("_C", {path!r})
-module = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(module)
-assert "torch" not in sys.modules
+    program = (
+        LOAD
+        + """
 module.set_num_threads(3)
 for _ in range(200):
     ids = module.thread_ids(7)
@@ -137,6 +145,7 @@ for _ in range(50):
     used |= set(module.thread_ids(16))
 print(module.thread_pool(), "/", len(used))
 """
+    )
     result = run(program)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip() == "own threads / 3"
@@ -157,7 +166,9 @@ def test_more_threads_than_cores_and_fewer_tasks_than_threads(threads: int) -> N
 
 def test_no_vector_code_is_shared_between_instruction_sets() -> None:
     """The kernels of each instruction set are local to their object; nothing of them can be merged by the linker."""
-    nm = subprocess.run(["nm", "-C", "--defined-only", _ext.extension().__file__], capture_output=True, text=True)
+    nm = subprocess.run(
+        ["nm", "-C", "--defined-only", _ext.extension().__file__], capture_output=True, text=True
+    )
     if nm.returncode != 0:
         pytest.skip("nm is not installed, or the module is stripped")
     merged = [line for line in nm.stdout.splitlines() if " W " in line or " u " in line]
