@@ -30,8 +30,8 @@ def expect_shape(op: str, name: str, t: Tensor, shape: Sequence[int | None], tex
     """ValueError unless `t` has this shape. None accepts any size; `text` is the shape in words, e.g. "[T, Hq, D]"."""
     found = t.shape
     if len(found) == len(shape):
-        for size, want in zip(found, shape, strict=True):
-            if want is not None and size != want:
+        for size, want in zip(found, shape):  # noqa: B905 (same length; `strict` costs time on this hot path)
+            if size != want and want is not None:
                 break
         else:
             return
@@ -57,7 +57,7 @@ def expect_same_device(op: str, device: torch.device, **tensors: Tensor | None) 
 def expect_last_contiguous(op: str, **tensors: Tensor | None) -> None:
     """ValueError unless the last dimension of every given tensor has stride 1."""
     for name, t in tensors.items():
-        if t is not None and t.numel() and t.shape[-1] > 1 and t.stride(-1) != 1:
+        if t is not None and t.stride(-1) != 1 and t.shape[-1] > 1 and t.numel():
             raise ValueError(
                 f"{op}: {name}: expected a contiguous last dimension, found strides {list(t.stride())} "
                 f"for {describe(t)}"

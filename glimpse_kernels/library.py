@@ -69,7 +69,13 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any, **__: Any) -> tupl
 
 
 def _decode_attention(
-    q: Tensor, k_pool: Tensor, v_pool: Tensor, block_table: Tensor, lengths: Tensor, *, scale: float | None = None
+    q: Tensor,
+    k_pool: Tensor,
+    v_pool: Tensor,
+    block_table: Tensor,
+    lengths: Tensor,
+    *,
+    scale: float | None = None,
 ) -> Tensor:
     return gk.decode_attention(q, k_pool, v_pool, block_table, lengths, scale=scale)
 
@@ -79,7 +85,13 @@ def _decode_attention_fake(q: Tensor, k_pool: Tensor, v_pool: Tensor, *_: Any, *
 
 
 def _glimpse_scores(
-    q: Tensor, k: Tensor, token_index: Tensor, token_seq: Tensor, *, scale: float | None = None, lse: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    token_index: Tensor,
+    token_seq: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
 ) -> Tensor:
     return gk.glimpse_scores(q, k, token_index, token_seq, scale=scale, lse=lse)
 
@@ -138,7 +150,9 @@ def _compact(
     row_dst: Sequence[Tensor],
 ) -> None:
     if len(row_src) != len(row_dst):
-        raise ValueError(f"compact: row_dst: expected {len(row_src)} tensors, one per row_src, found {len(row_dst)}")
+        raise ValueError(
+            f"compact: row_dst: expected {len(row_src)} tensors, one per row_src, found {len(row_dst)}"
+        )
     gk.compact(index, slots, k_src, v_src, k_dst, v_dst, list(zip(row_src, row_dst, strict=True)))
 
 
@@ -254,7 +268,9 @@ _register(
 )
 _register("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor", _rms_norm, _like_first)
 _register(
-    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor", _add_rms_norm, _like_first
+    "add_rms_norm(Tensor x, Tensor(a!) residual, Tensor weight, float eps) -> Tensor",
+    _add_rms_norm,
+    _like_first,
 )
 _register("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _like_first)
 _register(

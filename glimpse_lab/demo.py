@@ -48,7 +48,8 @@ def read_samples(folder: Path) -> list[Sample]:
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))
         samples = [
-            Sample(folder / entry["picture"], str(entry["question"]), entry.get("answer")) for entry in entries
+            Sample(folder / entry["picture"], str(entry["question"]), entry.get("answer"))
+            for entry in entries
         ]
     except FileNotFoundError:
         raise GlimpseError(f"samples: expected {str(path)!r}, found no such file") from None
@@ -88,7 +89,9 @@ def _report(console: Console, sample: Sample, plain: Answer, pruned: Answer, wri
     console.print(f"[bold]{escape(sample.picture.name)}[/bold]  {escape(sample.question)}")
     for name, answer in (("unpruned", plain), ("pruned", pruned)):
         first = milliseconds(answer.seconds.get("ttft"))
-        console.print(f"  {name:<14}{escape(answer.text)}{_verdict(answer, sample.answer)}  (first token: {first})")
+        console.print(
+            f"  {name:<14}{escape(answer.text)}{_verdict(answer, sample.answer)}  (first token: {first})"
+        )
     console.print(f"  {'tokens kept':<14}{share(pruned.kept, pruned.total)}")
     console.print(f"  {'picture':<14}{escape(str(written))}\n")
 

@@ -56,7 +56,9 @@ def evaluate(
         picture = render(scene)
         questions = ask(scene)
         prompts = [_prompt(processor, q) for q in questions]
-        inputs = processor(text=prompts, images=[[picture] for _ in questions], padding=True, return_tensors="pt")
+        inputs = processor(
+            text=prompts, images=[[picture] for _ in questions], padding=True, return_tensors="pt"
+        )
         inputs = {k: v.to(model.device) for k, v in inputs.items()}
         length = inputs["input_ids"].shape[1]
         rows, columns = scene.grid
@@ -77,7 +79,9 @@ def evaluate(
                         mask[noise.sample(range(keep.numel()), int(keep.sum()))] = True
                     masks.append(mask)
                 options = {"ref_masks": masks, "min_remain_num": 0}
-            out = model.generate(**inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True, **options)
+            out = model.generate(
+                **inputs, max_new_tokens=32, do_sample=False, return_dict_in_generate=True, **options
+            )
             for i, sequence in enumerate(out.sequences):
                 own[i][mode] = processor.tokenizer.decode(sequence[length:], skip_special_tokens=True)
             if mode == "glimpse":
@@ -113,7 +117,8 @@ def table(records: list[dict[str, Any]]) -> str:
             continue
         cells = [f"{100 * sum(r[m] == r['answer'] for r in group) / len(group):.1f}" for m in modes]
         shares = [
-            f"{100 * sum(r[k] for r in group) / len(group):.1f}" if k in group[0] else "" for k in ("kept", "needed")
+            f"{100 * sum(r[k] for r in group) / len(group):.1f}" if k in group[0] else ""
+            for k in ("kept", "needed")
         ]
         lines.append(f"| {name} | {len(group)} | " + " | ".join(cells + shares) + " |")
     return "\n".join(lines)
@@ -121,10 +126,14 @@ def table(records: list[dict[str, Any]]) -> str:
 
 def main(
     base: Annotated[Path, typer.Option(help="Folder of the base model.")] = Path("models/tiny/base"),
-    glimpse: Annotated[Path, typer.Option(help="Folder of the glimpse modules.")] = Path("models/tiny/glimpse"),
+    glimpse: Annotated[Path, typer.Option(help="Folder of the glimpse modules.")] = Path(
+        "models/tiny/glimpse"
+    ),
     pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures of each of the 13 sizes.")] = 24,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
-    output: Annotated[Path | None, typer.Option(help="Write every question and answer here as JSON lines.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Write every question and answer here as JSON lines.")
+    ] = None,
 ) -> None:
     """Held-out accuracy of the small model: unpruned, pruned, and the two controls."""
     from glimpse_runtime import GlimpseModel

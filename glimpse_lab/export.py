@@ -82,24 +82,30 @@ def export_glimpse(
 ) -> None:
     """GlimpsePrune's modules, bfloat16: ``new_modules_gp.pt`` and a flat ``config.json`` (model type qwen2_5_vl_gp)."""
     config = shape.hf_config(tokenizer)
-    text = config.text_config.to_dict()
-    rope = text.pop("rope_parameters")
-    for name in ("model_type", "layer_types"):
-        text.pop(name, None)
-    vision = {k: v for k, v in config.vision_config.to_dict().items() if k != "rope_parameters"}
+    text, vision = config.text_config, config.vision_config
+    text_names = (
+        "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+        "hidden_act", "rms_norm_eps", "vocab_size", "max_position_embeddings", "max_window_layers",
+        "initializer_range", "attention_dropout", "bos_token_id", "eos_token_id", "pad_token_id",
+    )  # fmt: skip
+    vision_names = (
+        "model_type", "depth", "hidden_size", "intermediate_size", "num_heads", "out_hidden_size", "hidden_act",
+        "in_channels", "patch_size", "spatial_merge_size", "temporal_patch_size", "tokens_per_second", "window_size",
+        "fullatt_block_indexes",
+    )  # fmt: skip
+    token_names = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+    rope = text.rope_parameters
     settings = {
         "model_type": "qwen2_5_vl_gp",
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        **{k: v for k, v in text.items() if v is not None},
-        "rope_theta": rope["rope_theta"],
-        "rope_scaling": {"type": "default", "rope_type": "default", "mrope_section": list(rope["mrope_section"])},
         "torch_dtype": "bfloat16",
-        **{
-            n: getattr(config, n)
-            for n in ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
-        },
         "tie_word_embeddings": False,
-        "vision_config": vision,
+        "use_sliding_window": False,
+        "rope_theta": rope["rope_theta"],
+        "rope_scaling": {"type": "mrope", "mrope_section": list(rope["mrope_section"])},
+        **{name: getattr(text, name) for name in text_names},
+        **{name: getattr(config, name) for name in token_names},
+        "vision_config": {name: getattr(vision, name) for name in vision_names},
         **glimpse_settings(shape),
     }
 

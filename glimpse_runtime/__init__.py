@@ -8,8 +8,9 @@ out.sequences, out.pruning
 
 from glimpse_runtime.errors import CheckpointError, GlimpseError, UnsupportedOptionError
 from glimpse_runtime.hf import accelerate, restore
-from glimpse_runtime.model import GlimpseModel, PrefillResult
+from glimpse_runtime.model import GlimpseModel
 from glimpse_runtime.plan import Layer, PrunePlan, Stage
+from glimpse_runtime.prefill_result import PrefillResult
 from glimpse_runtime.report import GlimpseGenerateOutput, PicturePruning, PruningReport
 from glimpse_runtime.selection import Budget
 

@@ -88,9 +88,9 @@ class KvPool:
         )
         return torch.where(active, slots, -1).to(torch.int32)
 
-    def rows(self, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys and values `[kept, kv heads, head_dim]` of one sequence in one layer (views)."""
-        start, length = int(self.starts[row]), int(self.lengths[row])
+    def rows(self, row: int, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """The first `length` keys and values `[length, kv heads, head_dim]` of one sequence in one layer (views)."""
+        start = int(self.starts[row])
         return self.k_slots[layer, start : start + length], self.v_slots[layer, start : start + length]
 
 

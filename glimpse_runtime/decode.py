@@ -19,17 +19,17 @@ class DecodeLoop:
 
     Args:
         pool: what prefill left; grows by one row a step and sequence.
-        next_positions: `[B]` rotary position of each sequence's first generated token, that of the *original*
+        next_positions: `[3, B]` rotary position of each sequence's first generated token, that of the *original*
             prompt: pruning moves no token.
+        room: rows that prefill left free for each sequence.
     """
 
-    def __init__(self, decoder: Decoder, pool: KvPool, next_positions: torch.Tensor) -> None:
+    def __init__(self, decoder: Decoder, pool: KvPool, next_positions: torch.Tensor, room: int) -> None:
         self.decoder = decoder
         self.pool = pool
         self.positions = next_positions.clone()
-        self.active = torch.ones_like(next_positions, dtype=torch.bool)
-        # The longest sequence decides how many steps there is room for: lengths only grow, so this is host arithmetic.
-        self._room = min(c - int(n) for c, n in zip(pool.capacities, pool.lengths.tolist(), strict=True))
+        self.active = torch.ones_like(pool.lengths, dtype=torch.bool)
+        self._room = room
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append `tokens [B]` and return the logits `[B, vocabulary]` after them.
@@ -42,7 +42,7 @@ class DecodeLoop:
             )
         self._room -= 1
         decoder, pool = self.decoder, self.pool
-        cos, sin = decoder.rotary(self.positions.expand(3, -1))
+        cos, sin = decoder.rotary(self.positions)
         stream = Stream(F.embedding(tokens, decoder.embed), None, cos, sin)
         slots = pool.next_slots(self.active)
         lengths = torch.where(self.active, pool.lengths + 1, 0).to(torch.int32)

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from glimpse_runtime import sampling
 from glimpse_runtime.decode import DecodeLoop
-from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
+from glimpse_runtime.errors import UnsupportedOptionError
 from glimpse_runtime.prefill import Prefill
 from glimpse_runtime.report import GlimpseGenerateOutput, PruningReport
 
@@ -68,16 +68,13 @@ class Request:
         tokenizer = options.pop("tokenizer", None)
         logits_processor = options.pop("logits_processor", None)
         stopping_criteria = options.pop("stopping_criteria", None)
-        for ignored in ("synced_gpus", "use_model_defaults"):
-            options.pop(ignored, None)
+        options.pop("synced_gpus", None)
         config, inputs = sampling.resolve_config(defaults, options.pop("generation_config", None), options)
-        if config.pad_token_id is None:
-            config.pad_token_id = next(iter(sampling.eos_ids(config)), 0)
         mask = inputs.pop("attention_mask", None)
         if mask is None:
-            mask = _infer_mask(input_ids, config)
-        if streamer is not None and input_ids.shape[0] > 1:
-            raise GlimpseError(f"streamer: expected a batch of one row, found {input_ids.shape[0]}")
+            mask = infer_mask(input_ids, config)
+        if config.pad_token_id is None:
+            config.pad_token_id = next(iter(sampling.eos_ids(config)), None)
         return cls(
             config=config,
             model_inputs=inputs,
@@ -90,7 +87,7 @@ class Request:
         )
 
 
-def _infer_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
+def infer_mask(input_ids: torch.Tensor, config: GenerationConfig) -> torch.Tensor:
     """Without a mask, the pad id marks padding, unless it also ends a text."""
     pad = config.pad_token_id
     if pad is None or pad in sampling.eos_ids(config):
@@ -110,7 +107,7 @@ def decode(
         config, input_ids.shape[1] + request.max_new_tokens, request.tokenizer, request.stopping_criteria
     )
     ends = sampling.eos_ids(config)
-    loop = DecodeLoop(prefill.decoder, prefill.pool, prefill.batch.next_positions)
+    loop = DecodeLoop(prefill.decoder, prefill.pool, prefill.batch.next_positions, prefill.extra_rows)
     sequences, logits = input_ids, prefill.last_logits
     finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
     kept_scores: list[torch.Tensor] = []
@@ -138,7 +135,8 @@ def decode(
         finished = finished | criteria(sequences, scores)
         if bool(finished.all()):
             break
-        loop.retire(finished)
+        if ends:  # without end tokens rows go on until all have stopped, as Hugging Face's do
+            loop.retire(finished)
         logits = loop.step(tokens)
     timings.decode = time.perf_counter() - first_token_at
     if request.streamer is not None:

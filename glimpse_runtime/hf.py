@@ -3,13 +3,43 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.model import GlimpseModel
 
-_MARK = "_glimpse_engine"
+
+class _Generate:
+    """Stands in for the model's `generate`.
+
+    The engine holds views of the model's weights. Where these were replaced since (`model.to(...)`, `.float()`, new
+    parameters), it is built anew, so that the call always answers for the model as it is.
+    """
+
+    def __init__(self, hf_model: Any, modules: str | Path | None) -> None:
+        self._model = hf_model
+        self._modules = modules
+        self._engine: GlimpseModel | None = None
+        self._built_on: tuple[tuple[int, Any], ...] = ()
+
+    def engine(self) -> GlimpseModel:
+        weights = tuple((p.data_ptr(), p.dtype) for p in self._model.parameters())
+        if self._engine is None or weights != self._built_on:
+            self._engine, self._built_on = GlimpseModel.from_hf(self._model, self._modules), weights
+        return self._engine
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        engine = self.engine()
+        engine.generation_config = self._model.generation_config
+        return engine.generate(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Generate:
+        return _Generate(copy.deepcopy(self._model, memo), self._modules)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Generate, (self._model, self._modules)
 
 
 def accelerate(hf_model: Any, glimpse: str | Path | None = None) -> Any:
@@ -28,14 +58,14 @@ def accelerate(hf_model: Any, glimpse: str | Path | None = None) -> Any:
         GlimpseError: the model is accelerated already.
         CheckpointError: the model or the modules cannot be used; the model is left as it was.
     """
-    if _MARK in vars(hf_model):
+    if isinstance(vars(hf_model).get("generate"), _Generate):
         raise GlimpseError(
             "accelerate(): expected a plain model, found one that is accelerated already; restore() it"
         )
-    engine = GlimpseModel.from_hf(hf_model, glimpse)
-    # Past nn.Module.__setattr__: neither may end up among the model's modules or parameters.
-    vars(hf_model)[_MARK] = engine
-    vars(hf_model)["generate"] = engine.generate
+    generate = _Generate(hf_model, glimpse)
+    generate.engine()
+    # Past nn.Module.__setattr__: it may not end up among the model's modules or parameters.
+    vars(hf_model)["generate"] = generate
     return hf_model
 
 
@@ -45,8 +75,7 @@ def restore(hf_model: Any) -> Any:
     Raises:
         GlimpseError: the model is not accelerated.
     """
-    if _MARK not in vars(hf_model):
+    if not isinstance(vars(hf_model).get("generate"), _Generate):
         raise GlimpseError("restore(): expected a model that accelerate() was called on")
-    del vars(hf_model)[_MARK]
     del vars(hf_model)["generate"]
     return hf_model

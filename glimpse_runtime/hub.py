@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 from glimpse_runtime.errors import CheckpointError
 
@@ -26,13 +28,28 @@ def resolve_folder(name: str | Path, *required: str, patterns: tuple[str, ...] =
     return path
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a checkpoint's file.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: expected a JSON object, found none ({error})") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, found {type(found).__name__}")
+    return found
+
+
 def _snapshot(repo: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
         return Path(snapshot_download(repo, allow_patterns=list(patterns)))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{repo}: no such folder, and the hub gave nothing for this id ({error})"
         ) from error

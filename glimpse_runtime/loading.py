@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,8 +13,8 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 
-from glimpse_runtime.errors import CheckpointError
-from glimpse_runtime.hub import resolve_folder
+from glimpse_runtime.errors import CheckpointError, GlimpseError
+from glimpse_runtime.hub import read_json, resolve_folder
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionTower
@@ -44,7 +43,7 @@ def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.devic
         CheckpointError: another model family, missing or left-over keys, or wrong shapes.
     """
     path = resolve_folder(name, "config.json", patterns=("*.safetensors", "*.json"))
-    raw = json.loads((path / "config.json").read_text())
+    raw = read_json(path / "config.json")
     if raw.get("model_type") != "qwen2_5_vl":
         raise CheckpointError(f"{path}: expected model_type 'qwen2_5_vl', found {raw.get('model_type')!r}")
     hf_config = Qwen2_5_VLConfig.from_pretrained(path)
@@ -84,6 +83,16 @@ def share_base(hf_model: Any) -> BaseModel:
     return _build(reader, config, hf_model.generation_config)
 
 
+def check_device(device: torch.device | str) -> torch.device:
+    """`device` as a torch device that works here."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise GlimpseError(
+            f"device: expected one that torch can use here, found {str(device)!r} ({error})"
+        ) from error
+
+
 def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     """`dtype` as a torch dtype for which there are kernels."""
     found = getattr(torch, dtype.removeprefix("torch."), None) if isinstance(dtype, str) else dtype
@@ -102,7 +111,10 @@ def _build(reader: WeightReader, config: ModelConfig, generation_config: Generat
 def _weight_files(path: Path) -> list[Path]:
     index = path / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict):
+            raise CheckpointError(f"{index}: expected a 'weight_map', found {type(weight_map).__name__}")
+        names = sorted(set(weight_map.values()))
     else:
         names = ["model.safetensors"]
     missing = [name for name in names if not (path / name).is_file()]

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,16 +13,20 @@ import torch
 from transformers import GenerationConfig
 
 from glimpse_runtime import generate as generation
-from glimpse_runtime.decode import DecodeLoop
+from glimpse_runtime.entry import inference
 from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
-from glimpse_runtime.loading import BaseModel, load_base, share_base
+from glimpse_runtime.loading import BaseModel, check_device, load_base, share_base
+from glimpse_runtime.masks import scores_from_masks
 from glimpse_runtime.models.qwen2_5_vl.inputs import check_ids, pack, read_grids
 from glimpse_runtime.models.qwen2_5_vl.layout import vision_layout
 from glimpse_runtime.modules import GlimpseModules
 from glimpse_runtime.plan import PrunePlan
 from glimpse_runtime.plans import glimpse as glimpse_plan
-from glimpse_runtime.prefill import Prefill, Timings
-from glimpse_runtime.report import GlimpseGenerateOutput, PruningReport
+from glimpse_runtime.prefill import Prefill
+from glimpse_runtime.prefill_result import PrefillResult
+from glimpse_runtime.report import GlimpseGenerateOutput, report_of
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = "default"
 _BUDGET = ("threshold", "max_remain_ratio", "min_remain_num", "anchor_positions")
@@ -38,6 +43,7 @@ class GlimpseModel:
     def __init__(self, base: BaseModel, plan: PrunePlan | None = None) -> None:
         self.base = base
         self.plan = plan
+        self.generation_config = base.generation_config
 
     @classmethod
     def from_pretrained(
@@ -59,7 +65,7 @@ class GlimpseModel:
         Raises:
             CheckpointError: a file, key or shape is missing, left over, or belongs to another base.
         """
-        place = torch.device(device)
+        place = check_device(device)
         loaded = load_base(base, dtype=dtype, device=place)
         return cls(loaded, cls._load_plan(loaded, glimpse))
 
@@ -79,10 +85,6 @@ class GlimpseModel:
         )
 
     @property
-    def generation_config(self) -> GenerationConfig:
-        return self.base.generation_config
-
-    @property
     def dtype(self) -> torch.dtype:
         return self.base.decoder.dtype
 
@@ -90,18 +92,24 @@ class GlimpseModel:
     def device(self) -> torch.device:
         return self.base.decoder.device
 
-    @torch.inference_mode()
+    @inference
     def generate(
-        self, input_ids: torch.Tensor | None = None, **kwargs: Any
+        self,
+        inputs: torch.Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        logits_processor: Any = None,
+        stopping_criteria: Any = None,
+        **kwargs: Any,
     ) -> GlimpseGenerateOutput | torch.Tensor:
         """Answer a batch of prompts; Hugging Face's `generate` with pruning options.
 
         Args:
-            input_ids: `[B, L]`, padded on either side; image tokens already expanded.
-            kwargs: the other outputs of the processor (`attention_mask`, `pixel_values`, `image_grid_thw`, ...),
-                generation options (`max_new_tokens`, `do_sample`, `streamer`, ...), and for this call alone `plan`
-                (a `PrunePlan`, "default", or None for no pruning), `threshold`, `max_remain_ratio`,
-                `min_remain_num`, `anchor_positions`, `ref_masks`.
+            inputs, generation_config, logits_processor, stopping_criteria: as in Hugging Face's `generate`.
+            kwargs: the outputs of the processor (`input_ids` `[B, L]`, padded on either side, image tokens expanded;
+                `attention_mask`, `pixel_values`, `image_grid_thw`, ...), generation options (`max_new_tokens`,
+                `do_sample`, `streamer`, ...), and for this call alone `plan` (a `PrunePlan`, "default", or None for no
+                pruning), `threshold`, `max_remain_ratio` (None: no cap), `min_remain_num`, `anchor_positions`,
+                `ref_masks` (see `glimpse_runtime.masks`).
 
         Returns:
             `[B, L + new]` int64, or a `GlimpseGenerateOutput` with `return_dict_in_generate=True`.
@@ -111,19 +119,28 @@ class GlimpseModel:
             UnsupportedOptionError: an option that cannot be honoured.
         """
         began = time.perf_counter()
-        ids = check_ids(kwargs.pop("inputs", None) if input_ids is None else input_ids)
-        request = generation.Request.parse(self.generation_config, ids, kwargs)
+        named = kwargs.pop("input_ids", None)
+        ids = check_ids(named if inputs is None else inputs)
+        given = {
+            "generation_config": generation_config,
+            "logits_processor": logits_processor,
+            "stopping_criteria": stopping_criteria,
+        }
+        request = generation.Request.parse(self.generation_config, ids, {**kwargs, **given})
         context = self.base.config.text.max_positions
-        if ids.shape[1] + request.max_new_tokens > context and ids.shape[1] <= context:
-            request.max_new_tokens = max(1, context - ids.shape[1])
+        if ids.shape[1] + request.max_new_tokens > context:
+            logger.warning(
+                "a prompt of %d tokens and up to %d new ones exceed the model's context of %d",
+                ids.shape[1], request.max_new_tokens, context,
+            )  # fmt: skip
         prefill = self._prefill(
             ids, request.attention_mask, extra_rows=request.max_new_tokens, **request.model_inputs
         )
         if prefill.last_logits is None:
             prefill.choose()
-        return generation.decode(prefill, ids, request, self._report(prefill), began)
+        return generation.decode(prefill, ids, request, report_of(prefill), began)
 
-    @torch.inference_mode()
+    @inference
     def prefill(
         self,
         input_ids: torch.Tensor | None = None,
@@ -140,12 +157,18 @@ class GlimpseModel:
             max_new_tokens: room kept for `PrefillResult.decode`.
             kwargs: processor outputs and pruning options as in `generate`.
         """
-        ids = check_ids(kwargs.pop("inputs", None) if input_ids is None else input_ids)
-        prefill = self._prefill(ids, attention_mask, extra_rows=max_new_tokens, **kwargs)
-        result = PrefillResult(self, prefill)
-        if select and prefill.last_logits is None:
-            prefill.choose()
-        return result
+        ids = check_ids(input_ids)
+        if max_new_tokens < 1:
+            raise GlimpseError(
+                f"max_new_tokens: expected room for at least one token, found {max_new_tokens}"
+            )
+        mask = (
+            generation.infer_mask(ids, self.generation_config) if attention_mask is None else attention_mask
+        )
+        state = self._prefill(ids, mask, extra_rows=max_new_tokens, **kwargs)
+        if select and state.last_logits is None:
+            state.choose()
+        return PrefillResult(state, waiting=not select)
 
     def _prefill(
         self,
@@ -168,7 +191,9 @@ class GlimpseModel:
         unknown = sorted(set(options) - set(_BUDGET))
         if unknown:
             raise UnsupportedOptionError(f"arguments that are not known here: {', '.join(unknown)}")
-        chosen = self._plan(plan, ref_masks is not None, {k: v for k, v in options.items() if v is not None})
+        # None means the plan's own value, but for the cap, where it is a value: no cap.
+        changes = {k: v for k, v in options.items() if v is not None or k == "max_remain_ratio"}
+        chosen = self._plan(plan, ref_masks is not None, changes)
         images = read_grids("image", image_grid_thw, pixel_values, config)
         videos = read_grids("video", video_grid_thw, pixel_values_videos, config)
         scorer = chosen.stages[0].score if chosen else None
@@ -178,12 +203,12 @@ class GlimpseModel:
             images,
             videos,
             config,
-            seconds_per_grid=None if second_per_grid_ts is None else [float(s) for s in second_per_grid_ts],
+            seconds_per_grid=None if second_per_grid_ts is None else list(map(float, second_per_grid_ts)),
             probe_length=scorer.probe.length if scorer else 0,
             device=device,
         )
-        given = None if ref_masks is None else _given_scores(ref_masks, batch.num_visual, device)
-        state = Prefill(self.base.decoder, batch, chosen, extra_rows, Timings(), given)
+        given = None if ref_masks is None else scores_from_masks(ref_masks, batch)
+        state = Prefill(self.base.decoder, batch, chosen, extra_rows, given)
         vision = layout = None
         if images or videos:
             began = time.perf_counter()
@@ -198,128 +223,19 @@ class GlimpseModel:
     def _plan(
         self, plan: PrunePlan | str | None, masks_given: bool, changes: dict[str, Any]
     ) -> PrunePlan | None:
-        if isinstance(plan, str) and plan != DEFAULT:
+        if not (plan is None or plan == DEFAULT or isinstance(plan, PrunePlan)):
             raise GlimpseError(f"plan: expected a PrunePlan, None or {DEFAULT!r}, found {plan!r}")
-        chosen = self.plan if isinstance(plan, str) else plan
+        chosen = plan if plan is None or isinstance(plan, PrunePlan) else self.plan
         if chosen is None:
-            if masks_given or changes:
-                asked = [*changes, *(["ref_masks"] if masks_given else [])]
+            asked = [name for name, value in changes.items() if value is not None]
+            asked += ["ref_masks"] if masks_given else []
+            if asked:
                 raise GlimpseError(f"{', '.join(asked)}: expected a pruning plan to apply to, found none")
             return None
         if "anchor_positions" in changes:
             changes["anchor_positions"] = tuple(changes["anchor_positions"])
         if masks_given:
+            if "threshold" in changes:
+                raise GlimpseError("threshold: expected none together with ref_masks, which are not scores")
             chosen = chosen.with_given_masks()
         return chosen.with_budget(**changes) if changes else chosen
-
-    @staticmethod
-    def _report(prefill: Prefill) -> PruningReport | None:
-        if prefill.selection is None:
-            return None
-        assert prefill.plan is not None
-        scores = prefill.scores if prefill.plan.stages[0].score is not None else None
-        return PruningReport.of(prefill.batch, prefill.selection.keep, scores)
-
-
-class PrefillResult:
-    """A prompt batch after prefill, or waiting inside the pruning layer for its selection."""
-
-    def __init__(self, model: GlimpseModel, state: Prefill) -> None:
-        self._model = model
-        self._state = state
-
-    @property
-    def scores(self) -> torch.Tensor | None:
-        """`[N]` fp32 importance of every visual token, prompt order; known before the selection."""
-        return self._state.scores
-
-    @torch.inference_mode()
-    def select(self, keep: torch.Tensor | Sequence[torch.Tensor] | None = None) -> PrefillResult:
-        """Go on after `prefill(..., select=False)`.
-
-        Args:
-            keep: bool masks, `[N]` or one a picture, taken as they are; None: the plan's own selection.
-
-        Raises:
-            GlimpseError: the selection was made already, or the mask has another size.
-        """
-        state = self._state
-        if state.last_logits is not None:
-            raise GlimpseError(
-                "select(): expected a prefill made with select=False that was not selected yet"
-            )
-        if keep is None:
-            state.choose()
-        else:
-            assert state.plan is not None
-            scores = _given_scores(keep, state.batch.num_visual, state.batch.device)
-            plan = state.plan
-            state.plan = plan.with_budget(
-                threshold=0.5, max_remain_ratio=None, min_remain_num=0, anchor_positions=(), group="picture"
-            )
-            state.choose(scores)
-        return self
-
-    @property
-    def last_logits(self) -> torch.Tensor:
-        """`[B, vocabulary]` after the last prompt token, in the model's dtype."""
-        self._require_done()
-        assert self._state.last_logits is not None
-        return self._state.last_logits
-
-    @property
-    def pruning(self) -> PruningReport | None:
-        """What was kept of each picture; None if nothing was pruned."""
-        self._require_done()
-        return self._model._report(self._state)
-
-    @property
-    def timings(self) -> Timings:
-        return self._state.timings
-
-    @property
-    def kept_positions(self) -> list[torch.Tensor]:
-        """Rotary positions of each row's prompt tokens that stayed, `[3, kept]` int64 each."""
-        self._require_done()
-        state = self._state
-        assert state.pool is not None and state.kept_positions is not None
-        return list(state.kept_positions.split(state.pool.lengths.tolist(), dim=1))
-
-    def kv(self, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Keys (rotated) and values `[kept, kv heads, head_dim]` of one row in one layer."""
-        self._require_done()
-        assert self._state.pool is not None
-        return self._state.pool.rows(row, layer)
-
-    @torch.inference_mode()
-    def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Continue greedily for exactly `steps` tokens, without regard for end tokens; once.
-
-        Returns:
-            tokens `[B, steps]` int64 and the logits `[B, steps, vocabulary]` from which they were taken.
-        """
-        self._require_done()
-        state = self._state
-        assert state.pool is not None
-        loop = DecodeLoop(state.decoder, state.pool, state.batch.next_positions)
-        logits = [self.last_logits]
-        tokens = [logits[0].argmax(-1)]
-        while len(tokens) < steps:
-            logits.append(loop.step(tokens[-1]))
-            tokens.append(logits[-1].argmax(-1))
-        return torch.stack(tokens, 1), torch.stack(logits, 1)
-
-    def _require_done(self) -> None:
-        if self._state.last_logits is None:
-            raise GlimpseError("expected a finished prefill: it waits for select()")
-
-
-def _given_scores(
-    masks: torch.Tensor | Sequence[torch.Tensor], tokens: int, device: torch.device
-) -> torch.Tensor:
-    """Keep masks as scores: +1 stays, -1 goes."""
-    parts = [masks] if isinstance(masks, torch.Tensor) else list(masks)
-    flat = torch.cat([torch.as_tensor(part).flatten() for part in parts]) if parts else torch.zeros(0)
-    if flat.shape[0] != tokens:
-        raise GlimpseError(f"keep masks: expected {tokens} values, one a visual token, found {flat.shape[0]}")
-    return torch.where(flat.to(device) > 0, 1.0, -1.0)

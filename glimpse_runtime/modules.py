@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 
 from glimpse_kernels import VipWeights
 from glimpse_runtime.errors import CheckpointError
-from glimpse_runtime.hub import resolve_folder
+from glimpse_runtime.hub import read_json, resolve_folder
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
 from glimpse_runtime.plan import Probe
 
@@ -58,18 +57,37 @@ class GlimpseSettings:
             raise CheckpointError(
                 f"config.json: expected the GlimpsePrune settings {missing}, found none of them"
             )
-        values = {f.name: config[f.name] for f in fields(cls) if f.name in config}
+        # A setting that is null means its default.
+        values = {f.name: config[f.name] for f in fields(cls) if config.get(f.name) is not None}
         values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         settings = cls(**values)
+        settings._check_types()
+        asked = [name for name in ("use_ref_masks", "use_zero_masks") if config.get(name)]
+        if asked:
+            raise CheckpointError(
+                f"{asked[0]}: expected false, found true; keep masks come with the call (ref_masks=)"
+            )
         if settings.le_norm_type not in ("rmsnorm", "layernorm"):
             raise CheckpointError(
                 f"le_norm_type: expected 'rmsnorm' or 'layernorm', found {settings.le_norm_type!r}"
             )
         if settings.le_length < 1:
             raise CheckpointError(f"le_length: expected at least 1, found {settings.le_length}")
-        if 0 not in settings.le_layers:
-            raise CheckpointError(f"le_layers: expected layer 0 among them, found {list(settings.le_layers)}")
+        if 0 not in settings.le_layers or len(set(settings.le_layers)) != len(settings.le_layers):
+            raise CheckpointError(
+                f"le_layers: expected layer 0 and no layer twice, found {list(settings.le_layers)}"
+            )
         return settings
+
+    def _check_types(self) -> None:
+        numbers = ("reduce_layer", "le_length", "attn_fuse_num_heads", "attn_fuse_size", "visual_cond_size")
+        for name in numbers:
+            if not isinstance(getattr(self, name), int):
+                raise CheckpointError(f"{name}: expected an integer, found {getattr(self, name)!r}")
+        for name in ("selected_layers", "selected_visual_layers", "le_layers"):
+            layers = getattr(self, name)
+            if not isinstance(layers, tuple) or not layers or not all(isinstance(n, int) for n in layers):
+                raise CheckpointError(f"{name}: expected a list of layer numbers, found {layers!r}")
 
 
 @dataclass(frozen=True)
@@ -90,10 +108,7 @@ class GlimpseModules:
             CheckpointError: files, keys or shapes are missing, left over, or belong to another base.
         """
         path = resolve_folder(folder, "config.json", MODULES_FILE)
-        try:
-            config = json.loads((path / "config.json").read_text())
-        except json.JSONDecodeError as error:
-            raise CheckpointError(f"{path / 'config.json'}: expected JSON, found {error}") from error
+        config = read_json(path / "config.json")
         settings = GlimpseSettings.from_config(config)
         _check_base(config, settings, base)
         parts = _read_parts(path / MODULES_FILE)
@@ -125,6 +140,9 @@ def _read_parts(path: Path) -> dict[str, Any]:
 
 def _check_base(config: Mapping[str, Any], settings: GlimpseSettings, base: ModelConfig) -> None:
     text, vision = base.text, base.vision
+    family = config.get("model_type", "qwen2_5_vl_gp")
+    if family != "qwen2_5_vl_gp":
+        raise CheckpointError(f"model_type: expected modules of type 'qwen2_5_vl_gp', found {family!r}")
     expected = {
         "hidden_size": text.hidden_size,
         "num_hidden_layers": text.num_layers,

@@ -49,7 +49,7 @@ class PackedBatch:
         lengths: rows of each sequence, probe rows included.
         probe_length: learned rows appended to every sequence that carries pictures.
         positions: `[3, T]` int64 multimodal rotary positions.
-        next_positions: `[B]` int64 rotary position of the first generated token.
+        next_positions: `[3, B]` int64 rotary position of the first generated token: that of the last prompt token + 1.
         visual_rows: `[N]` int64 packed row of each visual token, in prompt order.
         visual_order: `[N]` int64 row of the vision tower's output for each visual token.
         pictures: every image and video slice, in prompt order.
@@ -122,6 +122,12 @@ class PackedBatch:
         counts = torch.tensor([p.tokens for p in self.pictures], dtype=torch.int64)
         by_prompt = own.repeat_interleave(counts).to(self.device)
         return torch.empty_like(by_prompt).index_copy_(0, self.visual_order, by_prompt)
+
+    @cached_property
+    def last_visual(self) -> tuple[int, ...]:
+        """Visual tokens with which a prompt ends: the next token is predicted from them, so they cannot go."""
+        ends = {self.starts[b] + n - 1 for b, n in enumerate(self.prompt_lengths)}
+        return tuple(n for n, row in enumerate(self.visual_rows.tolist()) if row in ends)
 
     @cached_property
     def always_kept(self) -> torch.Tensor:

@@ -220,13 +220,7 @@ def _compare_scores(result: CaseResult, ready: PrefillResult, recorded: Mapping[
         logits = torch.cat([picture.logits.flatten() for picture in report if picture.logits is not None])
         result.errors["vip"] = _distance(logits, recorded["vip_logits"])
     if "glimpse_attn" in recorded:
-        result.errors["glimpse"] = _distance(_glimpse_logits(ready), recorded["glimpse_attn"])
-
-
-def _glimpse_logits(ready: PrefillResult) -> torch.Tensor:
-    """``[N, layers, heads]`` fp32 in prompt order: what the glimpse token saw, before the predictor."""
-    state = ready._state  # an inner quantity that nobody but this comparison needs
-    return torch.stack(state._seen, 1).index_select(0, state.batch.visual_order)
+        result.errors["glimpse"] = _distance(torch.stack(ready.glimpse_scores, 1), recorded["glimpse_attn"])
 
 
 def _compare_cache(

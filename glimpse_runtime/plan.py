@@ -93,6 +93,14 @@ class PrunePlan:
         if len(self.stages) != 1:
             raise UnsupportedOptionError(f"plan {self.name!r}: expected one stage, found {len(self.stages)}")
         stage = self.stages[0]
+        for name, value, known in (
+            ("positions", stage.positions, "keep"),
+            ("evict_earlier", stage.evict_earlier, True),
+        ):
+            if value != known:
+                raise UnsupportedOptionError(
+                    f"plan {self.name!r}: {name}: expected {known!r}, found {value!r}"
+                )
         if stage.at.index < 0:
             raise GlimpseError(f"plan {self.name!r}: layer must be >= 0, found {stage.at.index}")
         late = [

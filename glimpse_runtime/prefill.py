@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,51 +18,59 @@ import torch.nn.functional as F
 
 from glimpse_kernels import Selection, attention, compact, glimpse_scores, rope
 from glimpse_runtime.cache import KvPool, Workspace
+from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder, DecoderLayer, Stream
 from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionOutput
 from glimpse_runtime.packing import PackedBatch, cumulative
 from glimpse_runtime.plan import PrunePlan
 from glimpse_runtime.selection import row_bounds, select
+from glimpse_runtime.timings import Timings
 
 
-@dataclass
-class Timings:
-    """Seconds of each phase; `ttft` is the time from call to the first token."""
-
-    vision: float = 0.0
-    before: float = 0.0
-    select: float = 0.0
-    after: float = 0.0
-    ttft: float = 0.0
-    decode: float = 0.0
-    new_tokens: int = 0
-
-
-@dataclass
 class Prefill:
-    """The state of one prompt batch; `run` takes it to its last logits.
+    """The state of one prompt batch: `start` takes it to its scores, `choose` to its last logits.
 
-    Attributes:
+    Args:
         decoder, batch, plan: what is computed, on what, and how it is pruned (None: not at all).
         extra_rows: room kept in the pool for each sequence's generated tokens.
+        scores: `[N]` fp32 in prompt order, if they come with the call.
+
+    Attributes:
         scores: `[N]` fp32 visual scores in prompt order, once layer K was reached.
+        seen: what the probe saw in each of the scorer's layers, `[N, heads]` fp32, the tower's order.
         selection: what stays, once selected.
         pool: keys and values of what stays.
         last_logits: `[B, vocabulary]` after the last prompt token.
-        kept_positions: `[3, rows]` rotary positions of the rows in the pool, packed.
+        kept_positions: `[3, rows]` rotary positions of the prompt rows in the pool, packed.
+        kept_lengths: `[B]` int32 how many of them each sequence has.
     """
 
-    decoder: Decoder
-    batch: PackedBatch
-    plan: PrunePlan | None
-    extra_rows: int
-    timings: Timings = field(default_factory=Timings)
-    scores: torch.Tensor | None = None
-    selection: Selection | None = None
-    pool: KvPool | None = None
-    last_logits: torch.Tensor | None = None
-    kept_positions: torch.Tensor | None = None
+    def __init__(
+        self,
+        decoder: Decoder,
+        batch: PackedBatch,
+        plan: PrunePlan | None,
+        extra_rows: int,
+        scores: torch.Tensor | None = None,
+    ) -> None:
+        self.decoder = decoder
+        self.batch = batch
+        self.plan = plan
+        self.extra_rows = extra_rows
+        self.timings = Timings()
+        self.scores = scores
+        self.seen: list[torch.Tensor] = []
+        self.selection: Selection | None = None
+        self.pool: KvPool | None = None
+        self.last_logits: torch.Tensor | None = None
+        self.kept_positions: torch.Tensor | None = None
+        self.kept_lengths: torch.Tensor | None = None
+        self._cos, self._sin = decoder.rotary(batch.positions)
+        self._stream: Stream  # rows between two layers
+        self._x: torch.Tensor  # normed input of the stage's layer
+        self._workspace: Workspace
+        self._stage_layer = -1
 
     def start(self, vision: VisionOutput | None, layout: VisionLayout | None) -> None:
         """Embed the prompt and, with a plan, run to the scores inside layer K; without one, to the last logits."""
@@ -74,7 +81,6 @@ class Prefill:
             hidden.index_copy_(0, self.batch.visual_rows, embeds.to(hidden.dtype))
         if self.batch.probed:  # their layer 0 vector is added like those of the later layers
             hidden.index_fill_(0, self.batch.probe_rows.flatten(), 0.0)
-        self._cos, self._sin = self.decoder.rotary(self.batch.positions)
         self._stream = Stream(hidden, None, self._cos, self._sin)
         if self.plan is None or not self.batch.pictures:
             self.pool = self._allocate(self.batch.prompt_lengths)
@@ -83,7 +89,7 @@ class Prefill:
             self._tail(0, self.batch.cu_seqlens, self.batch.num_rows)
             return
         scorer = self.plan.stages[0].score
-        self._prepared = scorer.prepare(vision.taps, layout) if scorer and vision and layout else None
+        prepared = scorer.prepare(vision.taps, layout) if scorer and vision and layout else None
         self._stage_layer = min(self.plan.stages[0].at.index, self.decoder.config.num_layers - 1)
         self._workspace = Workspace.allocate(
             self.decoder.config,
@@ -92,7 +98,6 @@ class Prefill:
             self.decoder.dtype,
             self.batch.device,
         )
-        self._seen: list[torch.Tensor] = []
         for number in range(self._stage_layer):
             self._full_layer(number)
         self._x = self._enter(self._stage_layer)
@@ -101,7 +106,7 @@ class Prefill:
         self.timings.before += time.perf_counter() - began
         began = time.perf_counter()
         if scorer is not None:
-            scores = scorer.score(self._seen, self._prepared)
+            scores = scorer.score(self.seen, prepared)
             self.scores = scores.float().index_select(0, self.batch.visual_order)
         self.timings.select += time.perf_counter() - began
 
@@ -110,7 +115,10 @@ class Prefill:
         assert self.plan is not None
         began = time.perf_counter()
         judged = self.scores if scores is None else scores
-        assert judged is not None
+        if judged is None:
+            raise GlimpseError(
+                f"plan {self.plan.name!r}: it scores nothing, so keep masks must come with the call"
+            )
         budget = self.plan.stages[0].select
         self.selection = select(judged, self.batch, budget)
         self._reduce(self.selection, row_bounds(self.batch, budget), began)
@@ -170,7 +178,7 @@ class Prefill:
         keys, values = self._workspace.k[number], self._workspace.v[number]
         lse = self._row_lse(asked, keys, values) if scorer.normalized else None
         seen = glimpse_scores(asked, keys, self.batch.tower_rows, self.batch.tower_probe, lse=lse)
-        self._seen.append(seen)
+        self.seen.append(seen)
 
     def _row_lse(self, asked: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
         lengths = torch.zeros(self.batch.batch_size, dtype=torch.int32)
@@ -238,7 +246,7 @@ class Prefill:
         decoder, pool = self.decoder, self.pool
         assert pool is not None
         lengths = cu[1:] - cu[:-1]
-        pool.lengths = lengths
+        pool.lengths = self.kept_lengths = lengths
         slots = pool.prefill_slots(cu, rows)
         cu_k = pool.prefill_segments(lengths)
         last = decoder.config.num_layers - 1
@@ -271,7 +279,7 @@ class Prefill:
             )
             decoder.finish_layer(layer, self._stream, attended)
         self.last_logits = decoder.logits(self._stream)
-        del self._stream, self._cos, self._sin
+        del self._stream
         self.timings.after += time.perf_counter() - began
 
     def _last_rows(

@@ -11,10 +11,11 @@ import torch
 from transformers.generation import GenerateDecoderOnlyOutput
 
 from glimpse_runtime.packing import PackedBatch
-from glimpse_runtime.prefill import Timings
+from glimpse_runtime.prefill import Prefill
+from glimpse_runtime.timings import Timings
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class PicturePruning:
     """One image, or one temporal slice of a video.
 
@@ -90,6 +91,15 @@ class PruningReport(Sequence[PicturePruning]):
 
     def __repr__(self) -> str:
         return f"PruningReport({len(self)} pictures, {self.kept} of {self.total} tokens kept)"
+
+
+def report_of(prefill: Prefill) -> PruningReport | None:
+    """What a finished prefill kept; None if nothing was pruned."""
+    if prefill.selection is None:
+        return None
+    assert prefill.plan is not None
+    scored = prefill.plan.stages[0].score is not None
+    return PruningReport.of(prefill.batch, prefill.selection.keep, prefill.scores if scored else None)
 
 
 @dataclass

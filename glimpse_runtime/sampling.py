@@ -122,7 +122,7 @@ class PerRow(LogitsProcessor):
 
     def __init__(self, inner: LogitsProcessor, padding: torch.Tensor) -> None:
         """`padding [B, L]` bool: true where the prompt is padding."""
-        self._inner = inner
+        self.inner = inner
         self._padding = padding
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor) -> torch.FloatTensor:
@@ -130,7 +130,7 @@ class PerRow(LogitsProcessor):
         rows = []
         for ids, row, padding in zip(input_ids, scores, self._padding, strict=True):
             seen = torch.cat([ids[:prompt][~padding], ids[prompt:]])
-            rows.append(self._inner(seen[None], row[None]))
+            rows.append(self.inner(seen[None], row[None]))
         return cast(torch.FloatTensor, torch.cat(rows))
 
 
@@ -139,6 +139,7 @@ def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any) -> L
 
     Args:
         padding: `[B, L]` bool, true where the prompt is padding.
+        extra: the caller's own; one of the same kind takes the place of an option's.
     """
     chain = LogitsProcessorList()
     ends = eos_ids(config)
@@ -151,8 +152,7 @@ def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any) -> L
         chain.append(MinLengthLogitsProcessor(config.min_length, ends, device=device))
     if config.min_new_tokens and ends:
         chain.append(MinNewTokensLengthLogitsProcessor(prompt, config.min_new_tokens, ends, device=device))
-    if extra is not None:
-        chain.extend(extra)
+    warpers_from = len(chain)
     if config.do_sample:
         if config.temperature not in (None, 1.0):
             chain.append(TemperatureLogitsWarper(config.temperature))
@@ -163,7 +163,11 @@ def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any) -> L
             chain.append(TopPLogitsWarper(top_p=config.top_p))
         if config.min_p is not None:
             chain.append(MinPLogitsWarper(min_p=config.min_p))
-    return chain
+    own = list(extra or ())
+    kinds = {type(processor) for processor in own}
+    fresh = [p for p in chain if type(p.inner if isinstance(p, PerRow) else p) not in kinds]
+    at = sum(p in chain[:warpers_from] for p in fresh)
+    return LogitsProcessorList([*fresh[:at], *own, *fresh[at:]])
 
 
 def stopping(config: GenerationConfig, length: int, tokenizer: Any, extra: Any) -> StoppingCriteriaList:

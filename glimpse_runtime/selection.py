@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Real
 from typing import Literal
 
 import torch
@@ -35,18 +36,17 @@ class Budget:
     group: Literal["row", "picture"] = "row"
 
     def __post_init__(self) -> None:
-        if not 0.0 <= self.threshold <= 1.0:
-            raise GlimpseError(f"threshold: expected a probability in [0, 1], found {self.threshold}")
+        if not isinstance(self.threshold, Real) or not 0.0 <= self.threshold <= 1.0:
+            raise GlimpseError(f"threshold: expected a probability in [0, 1], found {self.threshold!r}")
         ratio = self.max_remain_ratio
-        if ratio is not None and not 0.0 < ratio <= 1.0:
-            raise GlimpseError(f"max_remain_ratio: expected a share in (0, 1], found {ratio}")
-        if isinstance(self.min_remain_num, bool) or int(self.min_remain_num) != self.min_remain_num:
-            raise GlimpseError(f"min_remain_num: expected an integer, found {self.min_remain_num!r}")
-        if self.min_remain_num < 0:
-            raise GlimpseError(f"min_remain_num: expected a number >= 0, found {self.min_remain_num}")
-        unknown = [a for a in self.anchor_positions if a not in ANCHORS]
-        if unknown:
-            raise GlimpseError(f"anchor_positions: expected some of {', '.join(ANCHORS)}, found {unknown}")
+        if ratio is not None and not (isinstance(ratio, Real) and 0.0 < ratio <= 1.0):
+            raise GlimpseError(f"max_remain_ratio: expected a share in (0, 1], found {ratio!r}")
+        floor = self.min_remain_num
+        if not isinstance(floor, int) or isinstance(floor, bool) or floor < 0:
+            raise GlimpseError(f"min_remain_num: expected a number >= 0, found {floor!r}")
+        anchors = self.anchor_positions
+        if not isinstance(anchors, tuple) or any(a not in ANCHORS for a in anchors):
+            raise GlimpseError(f"anchor_positions: expected some of {', '.join(ANCHORS)}, found {anchors!r}")
         if self.group not in ("row", "picture"):
             raise GlimpseError(f"group: expected 'row' or 'picture', found {self.group!r}")
 
@@ -63,7 +63,7 @@ def select(logits: torch.Tensor, batch: PackedBatch, budget: Budget) -> Selectio
     sizes = [stop - start for start, stop in groups]
     caps = [_cap(size, budget.max_remain_ratio) for size in sizes]
     floors = [min(budget.min_remain_num, size) for size in sizes]
-    forced = _anchor_mask(batch, budget.anchor_positions)
+    forced = _forced_mask(batch, budget.anchor_positions)
     host = torch.tensor([[0, *(stop for _, stop in groups)], [0, *caps], [0, *floors]], dtype=torch.int32)
     cu_groups, caps_t, floors_t = host.to(logits.device).unbind(0)
     return select_tokens(
@@ -115,13 +115,14 @@ def _groups(pictures: tuple[Picture, ...], by: str) -> list[tuple[int, int]]:
     return ranges
 
 
-def _anchor_mask(batch: PackedBatch, anchors: tuple[str, ...]) -> torch.Tensor | None:
-    if not anchors:
-        return None
-    rows: list[int] = []
-    for p in batch.pictures:
+def _forced_mask(batch: PackedBatch, anchors: tuple[str, ...]) -> torch.Tensor | None:
+    """`[N]` bool: anchors, and visual tokens with which a prompt ends."""
+    rows = list(batch.last_visual)
+    for p in batch.pictures if anchors else ():
         corner = {"tl": 0, "tr": p.width - 1, "bl": (p.height - 1) * p.width, "br": p.tokens - 1}
         rows += [p.start + corner[a] for a in anchors]
+    if not rows:
+        return None
     mask = torch.zeros(batch.num_visual, dtype=torch.bool)
     mask[rows] = True
     return mask.to(batch.device)

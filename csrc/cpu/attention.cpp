@@ -66,6 +66,22 @@ bool run_task(const glimpse_attention_params& p, const Plan& plan, int64_t segme
   if (memory == nullptr) return false;
   float *packed_keys, *packed_values;
   Rows rows = lay_out<T>(memory, count, plan.query_cells, plan.columns, &packed_keys, &packed_values);
+  const T* k = static_cast<const T*>(p.k) + k0 * p.k_stride + kv_head * p.k_head_stride;
+  const T* v = static_cast<const T*>(p.v) + k0 * p.v_stride + kv_head * p.v_head_stride;
+  const T* key_rows[2 * kKeys];  // of this tile and the next
+  const T* value_rows[2 * kKeys];
+  auto point_at = [&](int64_t key, int64_t stop, int at) {
+    const int tile = static_cast<int>(larger<int64_t>(0, smaller<int64_t>(kKeys, stop - key)));
+    for (int i = 0; i < tile; ++i) {
+      key_rows[at + i] = k + (key + i) * p.k_stride;
+      value_rows[at + i] = v + (key + i) * p.v_stride;
+    }
+    prefetch_rows(key_rows + at, tile, p.dim);
+    prefetch_rows(value_rows + at, tile, p.v_dim);
+    return tile;
+  };
+  int next = point_at(0, keys, 0);
+
   int32_t most = 0;
   for (int64_t r = 0; r < count; ++r) {
     const int64_t index = begin + r / plan.group, head = kv_head * plan.group + r % plan.group;
@@ -75,18 +91,11 @@ bool run_task(const glimpse_attention_params& p, const Plan& plan, int64_t segme
     most = larger(most, rows.limit[r]);
   }
 
-  const T* k = static_cast<const T*>(p.k) + k0 * p.k_stride + kv_head * p.k_head_stride;
-  const T* v = static_cast<const T*>(p.v) + k0 * p.v_stride + kv_head * p.v_head_stride;
-  for (int64_t key = 0; key < most; key += kKeys) {
-    const int tile = static_cast<int>(smaller<int64_t>(kKeys, most - key));
-    const T* key_rows[kKeys];
-    const T* value_rows[kKeys];
-    for (int i = 0; i < tile; ++i) {
-      key_rows[i] = k + (key + i) * p.k_stride;
-      value_rows[i] = v + (key + i) * p.v_stride;
-    }
-    pack_keys(key_rows, tile, p.dim, packed_keys);
-    pack_values(value_rows, tile, p.v_dim, plan.columns, packed_values);
+  for (int64_t key = 0, at = 0; key < most; key += kKeys, at = kKeys - at) {
+    const int tile = static_cast<int>(smaller<int64_t>(next, most - key));
+    next = point_at(key + kKeys, most, static_cast<int>(kKeys - at));
+    pack_keys(key_rows + at, tile, p.dim, packed_keys);
+    pack_values(value_rows + at, tile, p.v_dim, plan.columns, packed_values);
     attend<T>(rows, packed_keys, packed_values, key, tile, plan.scale.factor);
   }
   write_rows<T>(p, plan, rows, q0 + begin, kv_head);

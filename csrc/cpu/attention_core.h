@@ -147,9 +147,16 @@ template <class T>
 void pack_values(const T* const* rows, int count, int64_t v_dim, int64_t columns, float* packed) {
   if constexpr (kPairs<T>) {
     for (int key = 0; key < kKeys; key += 2, packed += columns) {
-      for (int64_t column = 0; column < columns; column += kLanes) {
+      int64_t column = 0;
+      // a bf16 value widened to fp32 has its bits in the upper half
+      if (key + 1 < count) {
+        for (; column + kLanes <= v_dim; column += kLanes) {
+          const vu first = as_vu(load(rows[key] + column)), second = as_vu(load(rows[key + 1] + column));
+          store(packed + column, as_vf((first >> 16) | second));
+        }
+      }
+      for (; column < columns; column += kLanes) {
         const int n = static_cast<int>(smaller<int64_t>(kLanes, v_dim - column));
-        // a bf16 value widened to fp32 has its bits in the upper half
         const vu first = key < count ? as_vu(load_n(rows[key] + column, n)) : vu{};
         const vu second = key + 1 < count ? as_vu(load_n(rows[key + 1] + column, n)) : vu{};
         store(packed + column, as_vf((first >> 16) | second));
@@ -160,11 +167,21 @@ void pack_values(const T* const* rows, int count, int64_t v_dim, int64_t columns
       for (int64_t column = 0; column < columns; column += kLanes) {
         const int64_t left = v_dim - column;
         vf x{};
-        if (key < count) x = left >= kLanes ? load(rows[key] + column) : load_n(rows[key] + column, static_cast<int>(left));
+        if (key < count)
+          x = left >= kLanes ? load(rows[key] + column) : load_n(rows[key] + column, static_cast<int>(left));
         store(packed + column, x);
       }
     }
   }
+}
+
+// Asks for rows some time before they are packed. They lie far apart (all heads of a token are neighbours), so the
+// hardware's own prefetcher does not see them coming.
+template <class T>
+GLIMPSE_INLINE void prefetch_rows(const T* const* rows, int count, int64_t elements) {
+  const int64_t bytes = elements * static_cast<int64_t>(sizeof(T));
+  for (int i = 0; i < count; ++i)
+    for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(reinterpret_cast<const char*>(rows[i]) + b, 0, 2);
 }
 
 // One query row as cells; sign is -1, 0 or 1 (exact in every dtype).
@@ -172,13 +189,15 @@ template <class T>
 void pack_query(const T* row, int64_t dim, float sign, float* cells) {
   if constexpr (kPairs<T>) {
     bf16* to = reinterpret_cast<bf16*>(cells);
-    for (int64_t d = 0; d < dim; d += kLanes) {
-      const int n = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
-      store_n(to + d, load_n(row + d, n) * sign, n);
-    }
+    if (sign == 1.0f)
+      memcpy(to, row, sizeof(bf16) * static_cast<size_t>(dim));
+    else
+      for (int64_t d = 0; d < dim; ++d) to[d] = to_bf16(to_float(row[d]) * sign);
     if (dim & 1) to[dim] = bf16{0};
   } else {
-    for (int64_t d = 0; d < dim; ++d) cells[d] = to_float(row[d]) * sign;
+    int64_t d = 0;
+    for (; d + kLanes <= dim; d += kLanes) store(cells + d, load(row + d) * sign);
+    if (d < dim) store_n(cells + d, load_n(row + d, static_cast<int>(dim - d)) * sign, static_cast<int>(dim - d));
   }
 }
 
@@ -313,7 +332,7 @@ struct Rows {
   float* top;      // [count], largest logit so far times log2(e)
   float* keep;     // [count], factor of the last rescaling
   int32_t* limit;  // [count], number of keys the row sees
-  bool* started;   // [count]: for the first row of a tile, whether `result` holds anything
+  bool* started;   // [count]: for the first row of a tile, whether the tile's results hold anything (then all of them do)
   int64_t count, query_cells, columns;
 };
 
@@ -373,7 +392,7 @@ GLIMPSE_INLINE void softmax_tile(Rows& rows, int64_t first, int height, const fl
     const float here = hmax(best) * factor;
     float top = here > before ? here : before;
     rows.top[first + i] = top;
-    const float keep = before == top ? 1.0f : __builtin_exp2f(before - top);
+    const float keep = before == top ? 1.0f : before == -__builtin_inff() ? 0.0f : __builtin_exp2f(before - top);
     rows.keep[first + i] = keep;
     if (masked && top == -__builtin_inff()) top = 0.0f;  // nothing seen yet: all weights are exp2(-inf)
     vf total = load(rows.sum + (first + i) * kLanes) * keep;
@@ -425,10 +444,9 @@ void attend(Rows& rows, const float* keys, const float* values, int64_t key, int
                         height, rows.columns / kLanes);
     rows.started[first] = true;
   }
-  // every row of a started tile has a result (zeros where it saw nothing yet)
 }
 
-// Whether row r has seen a key, and the sum of its weights.
+// Sum of the weights of row r; 0 only if it has seen no key (the largest weight is 1).
 GLIMPSE_INLINE float weight_sum(const Rows& rows, int64_t r) {
   return rows.top[r] == -__builtin_inff() ? 0.0f : hsum(load(rows.sum + r * kLanes));
 }
@@ -437,6 +455,14 @@ GLIMPSE_INLINE float weight_sum(const Rows& rows, int64_t r) {
 template <class T>
 GLIMPSE_INLINE void write_row(T* out, const float* result, int64_t v_dim, float factor) {
   int64_t d = 0;
+#if defined(__AVX512BF16__)
+  if constexpr (kPairs<T>) {  // one instruction; it turns results below 1e-38 into 0, and NaN into a quiet NaN
+    for (; d + kLanes <= v_dim; d += kLanes) {
+      const __m256bh half = _mm512_cvtneps_pbh(load(result + d) * factor);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + d), reinterpret_cast<__m256i>(half));
+    }
+  }
+#endif
   for (; d + kLanes <= v_dim; d += kLanes) store(out + d, load(result + d) * factor);
   if (d < v_dim) store_n(out + d, load_n(result + d, static_cast<int>(v_dim - d)) * factor, static_cast<int>(v_dim - d));
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Decoding attention, split over the keys (Flash-Decoding): each task attends the query heads of one key head to one chunk of
-// keys; the parts are then joined in chunk order. The chunk size is fixed, so the result does not depend on the threads.
+// Decoding attention, split over the keys (Flash-Decoding): each task attends the query heads of one key head to one
+// chunk of keys; the parts are then joined in chunk order. The chunk size is fixed, so the result does not depend on the
+// threads.
 #include "glimpse/decode_attention.h"
 
 #include <stdlib.h>
@@ -39,17 +40,20 @@ bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64
   const T* k = static_cast<const T*>(p.k) + kv_head * p.k_head_stride;
   const T* v = static_cast<const T*>(p.v) + kv_head * p.v_head_stride;
   const int32_t* table = p.block_table + row * p.table_stride;
+  const T* key_rows[kChunk];
+  const T* value_rows[kChunk];
+  for (int64_t key = begin; key < end; ++key) {
+    const int64_t block = table[key / p.block_size], slot = key % p.block_size;
+    key_rows[key - begin] = k + block * p.k_block_stride + slot * p.k_slot_stride;
+    value_rows[key - begin] = v + block * p.v_block_stride + slot * p.v_slot_stride;
+  }
   for (int64_t key = begin; key < end; key += kKeys) {
     const int tile = static_cast<int>(smaller<int64_t>(kKeys, end - key));
-    const T* key_rows[kKeys];
-    const T* value_rows[kKeys];
-    for (int i = 0; i < tile; ++i) {
-      const int64_t block = table[(key + i) / p.block_size], slot = (key + i) % p.block_size;
-      key_rows[i] = k + block * p.k_block_stride + slot * p.k_slot_stride;
-      value_rows[i] = v + block * p.v_block_stride + slot * p.v_slot_stride;
-    }
-    pack_keys(key_rows, tile, p.dim, packed_keys);
-    pack_values(value_rows, tile, p.v_dim, plan.columns, packed_values);
+    const int next = static_cast<int>(smaller<int64_t>(kKeys, end - key - tile));
+    prefetch_rows(key_rows + (key - begin) + tile, next, p.dim);
+    pack_keys(key_rows + (key - begin), tile, p.dim, packed_keys);
+    prefetch_rows(value_rows + (key - begin) + tile, next, p.v_dim);
+    pack_values(value_rows + (key - begin), tile, p.v_dim, plan.columns, packed_values);
     attend<T>(rows, packed_keys, packed_values, key, tile, plan.scale.factor);
   }
   for (int64_t r = 0; r < plan.group; ++r) {
@@ -105,8 +109,9 @@ glimpse_status run(const glimpse_decode_attention_params& p) {
     plan.parts = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64))));
     if (plan.parts == nullptr) return fail(GLIMPSE_OUT_OF_MEMORY, "decode_attention: no memory for partial results");
     parallel_for(p.batch * p.kv_heads * plan.chunks, [&](int64_t task) {
-      const int64_t chunk = task % plan.chunks, row_head = task / plan.chunks;
-      if (!run_chunk<T>(p, plan, row_head / p.kv_heads, row_head % p.kv_heads, chunk)) short_of_memory = true;
+      // the heads of a chunk one after the other: their keys are neighbours in memory
+      const int64_t kv_head = task % p.kv_heads, part = task / p.kv_heads;
+      if (!run_chunk<T>(p, plan, part / plan.chunks, kv_head, part % plan.chunks)) short_of_memory = true;
     });
   }
   if (!short_of_memory) {
@@ -125,7 +130,8 @@ glimpse_status decode_attention(const glimpse_decode_attention_params& p) {
   for (int64_t row = 0; row < p.batch; ++row) {
     const int64_t length = p.lengths[row];
     if (length < 0 || length > p.max_blocks * p.block_size)
-      return fail(GLIMPSE_INVALID, "decode_attention: lengths[%lld]: expected 0 to %lld (max_blocks * block_size), found %lld",
+      return fail(GLIMPSE_INVALID,
+                  "decode_attention: lengths[%lld]: expected 0 to %lld (max_blocks * block_size), found %lld",
                   static_cast<long long>(row), static_cast<long long>(p.max_blocks * p.block_size),
                   static_cast<long long>(length));
     for (int64_t i = 0; i * p.block_size < length; ++i) {

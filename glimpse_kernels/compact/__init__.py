@@ -53,7 +53,9 @@ def compact(
         if src is None or dst is None:
             continue
         check.expect_shape(op, f"{name}_src", src, (None, None, None, None), "[L, T, Hkv, D]")
-        check.expect_shape(op, f"{name}_dst", dst, (src.shape[0], None, src.shape[2], src.shape[3]), "[L, S, Hkv, D]")
+        check.expect_shape(
+            op, f"{name}_dst", dst, (src.shape[0], None, src.shape[2], src.shape[3]), "[L, S, Hkv, D]"
+        )
         check.expect_dtype(op, f"{name}_dst", dst, src.dtype)
         for which, t in (("src", src), ("dst", dst)):
             if t.numel() and not t[0, 0].is_contiguous():
@@ -91,4 +93,6 @@ def _refuse_overlap(op: str, name: str, src: Tensor, dst: Tensor) -> None:
         return
     (a, a_end), (b, b_end) = _span(src), _span(dst)
     if a < b_end and b < a_end:
-        raise ValueError(f"{op}: {name}: expected a destination apart from its source, found overlapping memory")
+        raise ValueError(
+            f"{op}: {name}: expected a destination apart from its source, found overlapping memory"
+        )

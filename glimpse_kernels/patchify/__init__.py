@@ -50,13 +50,19 @@ def patchify(
     height, width, channels = image.shape
     unit = patch_size * merge_size
     if height % unit or width % unit:
-        raise ValueError(f"{op}: image: expected height and width in multiples of {unit}, found {height} x {width}")
+        raise ValueError(
+            f"{op}: image: expected height and width in multiples of {unit}, found {height} x {width}"
+        )
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"{op}: mean, std: expected {channels} numbers each, found {len(mean)} and {len(std)}")
+        raise ValueError(
+            f"{op}: mean, std: expected {channels} numbers each, found {len(mean)} and {len(std)}"
+        )
     if any(s == 0 for s in std):
         raise ValueError(f"{op}: std: expected numbers other than 0, found {list(std)}")
     if height and width and (image.stride(2) != 1 or image.stride(1) != channels):
-        raise ValueError(f"{op}: image: expected contiguous pixels and channels, found strides {list(image.stride())}")
+        raise ValueError(
+            f"{op}: image: expected contiguous pixels and channels, found strides {list(image.stride())}"
+        )
     if out is not None:
         shape = (height // patch_size * (width // patch_size), channels * temporal_patch_size * patch_size**2)
         check.expect_shape(op, "out", out, shape, "[P, 3 * temporal * patch * patch]")

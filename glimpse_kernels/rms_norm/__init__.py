@@ -28,21 +28,22 @@ def rms_norm(
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
     # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
-    if (
-        out is not None
-        or len(x.shape) != 2
-        or weight.shape != x.shape[1:]
-        or weight.dtype is not x.dtype
-        or weight.device != x.device
-        or x.stride(1) != 1
-        or weight.stride(0) != 1
-        or (
-            residual is not None
-            and (
-                residual.shape != x.shape
-                or residual.dtype is not x.dtype
-                or residual.device != x.device
-                or residual.stride(1) != 1
+    if not (
+        out is None
+        and x.is_cpu
+        and weight.is_cpu
+        and x.dim() == 2
+        and weight.shape == x.shape[1:]
+        and weight.dtype is x.dtype
+        and x.stride()[1] == 1
+        and weight.is_contiguous()
+        and (
+            residual is None
+            or (
+                residual.is_cpu
+                and residual.shape == x.shape
+                and residual.dtype is x.dtype
+                and residual.stride()[1] == 1
             )
         )
     ):
@@ -63,3 +64,7 @@ def _check(x: Tensor, weight: Tensor, residual: Tensor | None, out: Tensor | Non
             check.expect_shape(op, name, t, x.shape, "x's shape")
     check.expect_last_contiguous(op, x=x, weight=weight, residual=residual, out=out)
     check.expect_same_device(op, x.device, weight=weight, residual=residual, out=out)
+    if out is not None and residual is not None and out.numel() and out.data_ptr() == residual.data_ptr():
+        raise ValueError(
+            f"{op}: out: expected other memory than residual, which holds the sum, found the same"
+        )

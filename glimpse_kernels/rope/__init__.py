@@ -81,4 +81,6 @@ def _check_cache(op: str, name: str, x: Tensor, out: Tensor, slots: Tensor | Non
     check.expect_shape(op, f"{name}_out", out, (None, x.shape[1], x.shape[2]), "[S, Hkv, D]")
     check.expect_dtype(op, f"{name}_out", out, x.dtype)
     if slots is None and out.shape[0] < x.shape[0]:
-        raise ValueError(f"{op}: {name}_out: expected at least {x.shape[0]} rows without slots, found {check.describe(out)}")
+        raise ValueError(
+            f"{op}: {name}_out: expected at least {x.shape[0]} rows without slots, found {check.describe(out)}"
+        )

@@ -47,9 +47,7 @@ def rope(
         v_out[where] = v[valid]
 
 
-def mrope_cos_sin(
-    positions: Tensor, inv_freq: Tensor, sections: Sequence[int]
-) -> tuple[Tensor, Tensor]:
+def mrope_cos_sin(positions: Tensor, inv_freq: Tensor, sections: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Cosines and sines of the multimodal rotary embedding (Qwen2-VL, arXiv 2409.12191, section 2.1).
 
     The frequencies are split into three runs of lengths `sections`; the first follows the temporal position, the
@@ -73,7 +71,10 @@ def mrope_cos_sin(
             f"mrope_cos_sin: sections must be three lengths with sum {inv_freq.numel()} (inv_freq), found {tuple(sections)}"
         )
     angles = torch.cat(
-        [axis.float()[:, None] * part.float() for axis, part in zip(positions, inv_freq.split(list(sections)), strict=True)],
+        [
+            axis.float()[:, None] * part.float()
+            for axis, part in zip(positions, inv_freq.split(list(sections)), strict=True)
+        ],
         dim=-1,
     )
     return angles.cos(), angles.sin()

@@ -22,14 +22,15 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
     # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
-    if (
-        out is not None
-        or len(gate.shape) != 2
-        or up.shape != gate.shape
-        or up.dtype is not gate.dtype
-        or up.device != gate.device
-        or gate.stride(1) != 1
-        or up.stride(1) != 1
+    if not (
+        out is None
+        and gate.is_cpu
+        and up.is_cpu
+        and gate.dim() == 2
+        and gate.shape == up.shape
+        and gate.dtype is up.dtype
+        and gate.stride()[1] == 1
+        and up.stride()[1] == 1
     ):
         _check(gate, up, out)
     serve = dispatch.select("swiglu", gate.device, gate.dtype, grad=check.needs_grad(gate, up))

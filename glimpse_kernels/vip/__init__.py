@@ -81,7 +81,9 @@ def vip(
     wanted = len(weights.layers) if weights.kind == "v1" else 0
     given = list(conditions or ())
     if len(given) != wanted:
-        raise ValueError(f"{op}: conditions: expected {wanted} tensors for kind {weights.kind!r}, found {len(given)}")
+        raise ValueError(
+            f"{op}: conditions: expected {wanted} tensors for kind {weights.kind!r}, found {len(given)}"
+        )
     for i, (c, proj) in enumerate(zip(given, weights.cond_projs, strict=True)):
         check.expect_shape(op, f"conditions[{i}]", c, (n, proj.weight.shape[0]), "[N, C]")
         check.expect_dtype(op, f"conditions[{i}]", c, weights.dtype)

@@ -36,7 +36,9 @@ def vip(
     result would make equals out of scores that are not."""
     if weights.kind == "dummy":
         return dummy(scores, cu_seqlens)
-    assert weights.in_proj is not None and weights.out_proj is not None and cos is not None and sin is not None
+    assert (
+        weights.in_proj is not None and weights.out_proj is not None and cos is not None and sin is not None
+    )
     heads = weights.num_heads
     x = _linear(scores.to(weights.dtype), weights.in_proj)
     h = torch.empty_like(x)
@@ -60,7 +62,9 @@ def vip(
     if delta is not None:
         x = x.float() + delta.float()
     bias = weights.out_proj.bias
-    return F.linear(x.float(), weights.out_proj.weight.float(), None if bias is None else bias.float()).squeeze(-1)
+    return F.linear(
+        x.float(), weights.out_proj.weight.float(), None if bias is None else bias.float()
+    ).squeeze(-1)
 
 
 def _linear(x: Tensor, proj: Linear) -> Tensor:

@@ -19,7 +19,9 @@ DUMMY_EPS = 1e-6
 
 def vip_conditions(taps: Sequence[Tensor], weights: VipWeights) -> list[Tensor]:
     """See `glimpse_kernels.vip_conditions`."""
-    return [_linear(tap.float(), proj).to(tap.dtype) for tap, proj in zip(taps, weights.cond_projs, strict=True)]
+    return [
+        _linear(tap.float(), proj).to(tap.dtype) for tap, proj in zip(taps, weights.cond_projs, strict=True)
+    ]
 
 
 def vip(
@@ -33,7 +35,9 @@ def vip(
     """See `glimpse_kernels.vip`."""
     if weights.kind == "dummy":
         return dummy(scores, cu_seqlens)
-    assert weights.in_proj is not None and weights.out_proj is not None and cos is not None and sin is not None
+    assert (
+        weights.in_proj is not None and weights.out_proj is not None and cos is not None and sin is not None
+    )
     bounds = cu_seqlens.tolist()
     x = _linear(scores.float(), weights.in_proj)
     for i, layer in enumerate(weights.layers):

@@ -173,12 +173,22 @@ class _Reader:
                 f"{', '.join(sorted(self.tensors)) or 'nothing'}"
             )
         # With deep supervision earlier layers have outputs of their own; the last one is the one that is used.
-        tolerated = [rf"attn_out_projs\.(?:{'|'.join(map(str, range(count - 1)))})\.(?:weight|bias)"] if count > 1 else []
+        tolerated = (
+            [rf"attn_out_projs\.(?:{'|'.join(map(str, range(count - 1)))})\.(?:weight|bias)"]
+            if count > 1
+            else []
+        )
         if kind == "v2":
             tolerated.append(r"cond_in_projs\.\d+\.(?:weight|bias)")
         self._refuse_leftovers(fuse_type, tolerated)
         weights = VipWeights(
-            kind=kind, in_proj=in_proj, cond_projs=conditions, layers=layers, out_proj=out_proj, num_heads=heads, act=act
+            kind=kind,
+            in_proj=in_proj,
+            cond_projs=conditions,
+            layers=layers,
+            out_proj=out_proj,
+            num_heads=heads,
+            act=act,
         )
         self._check_shapes(weights)
         return weights
@@ -230,7 +240,9 @@ class _Reader:
         cond = w.cond_projs[0].weight.shape[0] if w.cond_projs else 0
         named = self.setting("visual_cond_size")
         if w.kind == "v1" and named is not None and named != cond:
-            raise ValueError(f"cond_in_projs.0.weight: expected {named} rows (visual_cond_size), found {cond}")
+            raise ValueError(
+                f"cond_in_projs.0.weight: expected {named} rows (visual_cond_size), found {cond}"
+            )
 
         def expect(name: str, tensor: Tensor | None, *shape: int) -> None:
             if tensor is not None and tuple(tensor.shape) != shape:

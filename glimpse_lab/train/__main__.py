@@ -12,9 +12,13 @@ import typer
 
 app = typer.Typer(no_args_is_help=True, add_completion=False)
 
-Folder = Annotated[Path, typer.Option(help="Where checkpoints and logs go; an existing run there is resumed.")]
+Folder = Annotated[
+    Path, typer.Option(help="Where checkpoints and logs go; an existing run there is resumed.")
+]
 Device = Annotated[str, typer.Option(help="cpu, cuda, or auto (cuda if there is one).")]
-Compile = Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the layer functions (needs a C++ compiler).")]
+Compile = Annotated[
+    bool, typer.Option("--compile/--no-compile", help="Compile the layer functions (needs a C++ compiler).")
+]
 
 
 def _device(name: str) -> torch.device:
@@ -55,7 +59,10 @@ def modules(
 
 
 @app.command()
-def export(folder: Folder = Path("build/train"), to: Annotated[Path, typer.Option(help="Target.")] = Path("build/tiny")) -> None:
+def export(
+    folder: Folder = Path("build/train"),
+    to: Annotated[Path, typer.Option(help="Target.")] = Path("build/tiny"),
+) -> None:
     """Write the trained base and modules as Hugging Face and GlimpsePrune folders."""
     from glimpse_lab.export import export_base, export_glimpse
     from glimpse_lab.tokens import build_tokenizer
@@ -73,7 +80,9 @@ def export(folder: Folder = Path("build/train"), to: Annotated[Path, typer.Optio
     if modules_state is not None:
         glimpse.load_state_dict(modules_state["modules"])
     export_glimpse(shape, tokenizer, glimpse.new_modules(), to / "glimpse")
-    typer.echo(f"wrote {to / 'base'} and {to / 'glimpse'}" + ("" if modules_state else " (modules untrained)"))
+    typer.echo(
+        f"wrote {to / 'base'} and {to / 'glimpse'}" + ("" if modules_state else " (modules untrained)")
+    )
 
 
 @app.command(name="all")

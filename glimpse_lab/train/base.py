@@ -42,7 +42,9 @@ class BaseTrainer:
         self.model: Qwen2_5_VLForConditionalGeneration = new_model(shape, self.tokenizer, run.seed).to(device)
         self.heads = CellHeads(shape.hidden).to(device)
         self.forward = Forward(self.model, torch.bfloat16, compiled)
-        self.optimizers = make_optimizers([self.model, self.heads], run.muon_lr, run.adam_lr, run.weight_decay)
+        self.optimizers = make_optimizers(
+            [self.model, self.heads], run.muon_lr, run.adam_lr, run.weight_decay
+        )
         self.step = 0
 
     @property
@@ -76,7 +78,9 @@ class BaseTrainer:
     def schedule(self) -> Schedule:
         stages = [(s.steps, s.sizes) for s in self.run.stages]
         run = self.run
-        return Schedule(self.tokenizer, run.seed, stages, run.tokens, run.text_length, run.short_until, run.more_patches)
+        return Schedule(
+            self.tokenizer, run.seed, stages, run.tokens, run.text_length, run.short_until, run.more_patches
+        )
 
     def state_dict(self) -> dict:
         return {
@@ -110,7 +114,11 @@ def right_blocks(logits: Tensor, labels: Tensor, where: Tensor, batch: Batch) ->
 
 @torch.no_grad()
 def validate(
-    forward: Callable[[Batch], Output], encoder: Encoder, sizes: list[tuple[int, int]], pictures: int, device: torch.device
+    forward: Callable[[Batch], Output],
+    encoder: Encoder,
+    sizes: list[tuple[int, int]],
+    pictures: int,
+    device: torch.device,
 ) -> dict[str, float]:
     """Exact-answer share per task and per size, on held-out pictures, each question alone with its picture."""
     hits: dict[str, list[int]] = {}
@@ -134,7 +142,13 @@ def format_scores(scores: dict[str, float]) -> str:
 
 
 def train_base(
-    shape: ModelShape, run: BaseRun, folder: Path, device: torch.device, *, compiled: bool = False, workers: int = 1
+    shape: ModelShape,
+    run: BaseRun,
+    folder: Path,
+    device: torch.device,
+    *,
+    compiled: bool = False,
+    workers: int = 1,
 ) -> BaseTrainer:
     """Trains or resumes in ``folder`` (``base.pt``, ``base.log``); returns the trainer at its last step."""
     torch.set_num_threads(max(1, torch.get_num_threads()))
@@ -163,7 +177,9 @@ def train_base(
         if trainer.step % run.save_every == 0 or trainer.step == trainer.total:
             checkpoint.save(path, trainer.state_dict())
         if trainer.step % run.eval_every == 0 or trainer.step == trainer.total:
-            sizes = sorted(run.stages[0].sizes if trainer.step < run.stages[0].steps else run.stages[-1].sizes)
+            sizes = sorted(
+                run.stages[0].sizes if trainer.step < run.stages[0].steps else run.stages[-1].sizes
+            )
             if run.eval_batches and trainer.step != trainer.total:
                 sizes = sizes[:: max(1, len(sizes) // run.eval_batches)]
             scores = validate(
@@ -179,5 +195,14 @@ def tiny_run() -> tuple[ModelShape, BaseRun]:
     """Settings small enough for a test: two text layers' worth of seconds, not a useful model."""
     shape = ModelShape(hidden=64, layers=4, heads=2, kv_heads=1, mlp=96, vision_hidden=64, vision_layers=4, vision_heads=2,
                        vision_mlp=64, reduce_layer=1, fuse_size=32, cond_size=32)  # fmt: skip
-    run = BaseRun(tokens=700, text_length=64, more_patches=144, point_layers=(1, 2), warmup=2, decay_steps=2, save_every=2, eval_every=10**9)
+    run = BaseRun(
+        tokens=700,
+        text_length=64,
+        more_patches=400,
+        point_layers=(1, 2),
+        warmup=2,
+        decay_steps=2,
+        save_every=2,
+        eval_every=10**9,
+    )
     return shape, replace(run, stages=(Stage(4, {(168, 168): 1.0}),))

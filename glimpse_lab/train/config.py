@@ -18,7 +18,7 @@ class ModelShape:
     kv_heads: int = 2
     mlp: int = 384
     rope_theta: float = 1000.0
-    mrope_section: tuple[int, int, int] = (4, 6, 6)
+    mrope_section: tuple[int, int, int] = (4, 2, 10)
     vision_hidden: int = 128
     vision_layers: int = 4
     vision_heads: int = 4
@@ -110,9 +110,9 @@ class ModulesRun:
     """Settings of the glimpse modules' training, base frozen."""
 
     seed: int = 2
-    steps: int = 500
-    decay_steps: int = 200
-    tokens: int = 4800
+    steps: int = 450
+    decay_steps: int = 250
+    tokens: int = 3600
     text_length: int = 160
     sizes: dict[tuple[int, int], float] = field(default_factory=lambda: dict(_ALL))
     muon_lr: float = 0.02

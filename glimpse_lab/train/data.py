@@ -12,6 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -104,7 +105,15 @@ def cell_classes(scene: Scene) -> np.ndarray:
         for r, c in box_cells(thing.box, scene.height, scene.width):
             size = 2 if thing.size == "big" else 1
             end = 2 if place == len(scene.things) else 1
-            out[r * columns + c] = (names.index(thing.colour) + 1, SHAPES.index(thing.shape) + 1, 0, 0, size, place, end)
+            out[r * columns + c] = (
+                names.index(thing.colour) + 1,
+                SHAPES.index(thing.shape) + 1,
+                0,
+                0,
+                size,
+                place,
+                end,
+            )
     for plate in scene.plates:
         for r, c in box_cells(plate.box, scene.height, scene.width):
             out[r * columns + c, :2] = (names.index(plate.colour) + 1, len(SHAPES) + 1)
@@ -128,7 +137,9 @@ class Encoder:
         self.end_id: int = tokenizer.convert_tokens_to_ids("<|im_end|>")
         self.pad_id: int = tokenizer.convert_tokens_to_ids("<|endoftext|>")
         if len(self.prefix) != PREFIX_LENGTH - 1:
-            raise ValueError(f"the prefix should take {PREFIX_LENGTH - 1} tokens, the tokenizer gives {len(self.prefix)}")
+            raise ValueError(
+                f"the prefix should take {PREFIX_LENGTH - 1} tokens, the tokenizer gives {len(self.prefix)}"
+            )
 
     def prompt(self, text: str) -> list[int]:
         if text not in self._prompts:
@@ -199,7 +210,18 @@ def make_batch(
             at, number = at + size, number + 1
     t = torch.from_numpy
     return Batch(
-        rows, columns, t(pixels), t(ids), t(labels), t(block), t(offset), t(task), t(region), t(evidence), t(cells), t(last)
+        rows,
+        columns,
+        t(pixels),
+        t(ids),
+        t(labels),
+        t(block),
+        t(offset),
+        t(task),
+        t(region),
+        t(evidence),
+        t(cells),
+        t(last),
     )
 
 
@@ -228,11 +250,8 @@ class Schedule(torch.utils.data.Dataset):
 
     def __getitem__(self, step: int) -> Batch:
         rng = random.Random(f"step {self._seed} {step}")
-        end = 0
-        for length, sizes in self._stages:
-            end += length
-            if step < end:
-                break
+        ends = accumulate(length for length, _ in self._stages)
+        sizes = next(s for end, (_, s) in zip(ends, self._stages, strict=True) if step < end)
         height, width = rng.choices(list(sizes), list(sizes.values()))[0]
         count = batch_count(self._tokens, height, width, self._text_length)
         first = rng.randrange(HELD_OUT_SEED - count)

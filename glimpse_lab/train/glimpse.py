@@ -52,7 +52,9 @@ class _Fuser(nn.Module):
         super().__init__()
         depth = shape.vision_layers
         self.attn_in_proj = nn.Linear(shape.heads, shape.fuse_size)
-        self.cond_in_projs = nn.ModuleList(nn.Linear(shape.vision_hidden, shape.cond_size) for _ in range(depth))
+        self.cond_in_projs = nn.ModuleList(
+            nn.Linear(shape.vision_hidden, shape.cond_size) for _ in range(depth)
+        )
         self.layers = nn.ModuleList(_Layer(shape.fuse_size, shape.cond_size) for _ in range(depth))
         self.attn_out_projs = nn.ModuleDict({str(depth - 1): nn.Linear(shape.fuse_size, 1)})
 
@@ -135,7 +137,9 @@ def glimpse_rows(
             scores = logits[:, :, 0, len_before() : len_before() + n].transpose(1, 2)
         own = (q * repeat_heads(k, heads)).sum(-1, keepdim=True) * scale
         share = torch.cat((logits + bias, own), dim=-1).softmax(-1)
-        mixed = share[..., :-1] @ repeat_heads(values, heads)[owner] + share[..., -1:] * repeat_heads(v, heads)
+        mixed = share[..., :-1] @ repeat_heads(values, heads)[owner] + share[..., -1:] * repeat_heads(
+            v, heads
+        )
         x = text_finish(layer, x, mixed, eps, dtype)
     h = x[:, 0] * torch.rsqrt(x[:, 0].pow(2).mean(-1, keepdim=True) + eps)
     h = h * forward.model.model.language_model.norm.weight

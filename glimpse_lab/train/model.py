@@ -21,7 +21,9 @@ from glimpse_lab.train.config import ModelShape
 from glimpse_lab.train.data import CELL_CLASSES, CELL_WEIGHTS, PREFIX, PREFIX_LENGTH, Batch
 
 
-def new_model(shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2_5_VLForConditionalGeneration:
+def new_model(
+    shape: ModelShape, tokenizer: PreTrainedTokenizerFast, seed: int
+) -> Qwen2_5_VLForConditionalGeneration:
     """A freshly initialised base in float32; fan-in scaled, residual branches damped, output head at zero."""
     torch.manual_seed(seed)
     model = Qwen2_5_VLForConditionalGeneration(shape.hf_config(tokenizer)).float()
@@ -65,7 +67,9 @@ def vision_block(block: nn.Module, x: Tensor, cos: Tensor, sin: Tensor, dtype: t
     out = F.scaled_dot_product_attention(_rotate(q, cos, sin), _rotate(k, cos, sin), v)
     x = x + _linear(out.transpose(1, 2).reshape(batch, length, width), attn.proj)
     h = _norm(x, block.norm2.weight, 1e-6, dtype)
-    return x + _linear(F.silu(_linear(h, block.mlp.gate_proj)) * _linear(h, block.mlp.up_proj), block.mlp.down_proj)
+    return x + _linear(
+        F.silu(_linear(h, block.mlp.gate_proj)) * _linear(h, block.mlp.up_proj), block.mlp.down_proj
+    )
 
 
 def text_qkv(
@@ -75,7 +79,8 @@ def text_qkv(
     h = _norm(x, layer.input_layernorm.weight, eps, dtype)
     attn = layer.self_attn
     q, k, v = (
-        _linear(h, p).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2) for p in (attn.q_proj, attn.k_proj, attn.v_proj)
+        _linear(h, p).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
+        for p in (attn.q_proj, attn.k_proj, attn.v_proj)
     )
     return _rotate(q, cos, sin), _rotate(k, cos, sin), v
 
@@ -120,7 +125,10 @@ class Forward:
     """The forward of one model. ``dtype``: compute type of matrix products; ``compiled`` compiles the layer functions."""
 
     def __init__(
-        self, model: Qwen2_5_VLForConditionalGeneration, dtype: torch.dtype = torch.bfloat16, compiled: bool = False
+        self,
+        model: Qwen2_5_VLForConditionalGeneration,
+        dtype: torch.dtype = torch.bfloat16,
+        compiled: bool = False,
     ) -> None:
         self.model, self.dtype = model, dtype
         self.text_config = model.config.text_config
@@ -223,9 +231,7 @@ class Forward:
             start = len_before()
             late_allowed = allowed.clone()
             late_allowed[:, prefix:, start : start + n] &= keep_after[1]
-            first = (batch.last.int().cumsum(1) - batch.last.int()).gt(
-                (batch.block.clamp(min=0))
-            )
+            first = (batch.last.int().cumsum(1) - batch.last.int()).gt(batch.block.clamp(min=0))
             early_allowed = torch.where(F.pad(first, (prefix, 0))[:, :, None], late_allowed, allowed)
             early, late = self._bias(early_allowed), self._bias(late_allowed)
         qkv = []
@@ -238,7 +244,13 @@ class Forward:
         rows = x[:, -batch.ids.shape[1] :][where]
         h = _norm(rows, self.model.model.language_model.norm.weight, eps, self.dtype)
         return Output(
-            _linear(h, self.model.lm_head).float(), batch.labels[where], torch.stack(where), image, qkv, taps, allowed
+            _linear(h, self.model.lm_head).float(),
+            batch.labels[where],
+            torch.stack(where),
+            image,
+            qkv,
+            taps,
+            allowed,
         )
 
     def _bias(self, allowed: Tensor) -> Tensor:

@@ -40,7 +40,12 @@ class ModulesTrainer:
     """State of a modules run; the base's weights are given and never change."""
 
     def __init__(
-        self, shape: ModelShape, run: ModulesRun, base: dict[str, Tensor], device: torch.device, compiled: bool = False
+        self,
+        shape: ModelShape,
+        run: ModulesRun,
+        base: dict[str, Tensor],
+        device: torch.device,
+        compiled: bool = False,
     ) -> None:
         self.shape, self.run, self.device = shape, run, device
         self.tokenizer = build_tokenizer()
@@ -101,7 +106,9 @@ class ModulesTrainer:
 
 
 @torch.no_grad()
-def validate_modules(trainer: ModulesTrainer, sizes: list[tuple[int, int]], pictures: int) -> dict[str, float]:
+def validate_modules(
+    trainer: ModulesTrainer, sizes: list[tuple[int, int]], pictures: int
+) -> dict[str, float]:
     """Exact-answer share with everything, with the predicted cells, with as many random cells and with none; kept share."""
     hits: dict[str, list[float]] = {}
     generator = torch.Generator().manual_seed(0)
@@ -118,7 +125,12 @@ def validate_modules(trainer: ModulesTrainer, sizes: list[tuple[int, int]], pict
         noise = torch.rand(logits.shape, generator=generator).to(device)
         random = noise.argsort(-1).argsort(-1) < glimpse.sum(-1, keepdim=True)
         target = batch.region[owner, at]
-        for name, kept in (("glimpse", glimpse), ("box", target), ("random", random), ("none", torch.zeros_like(random))):
+        for name, kept in (
+            ("glimpse", glimpse),
+            ("box", target),
+            ("random", random),
+            ("none", torch.zeros_like(random)),
+        ):
             block = batch.block[owner, at]
             keep = torch.zeros(*batch.ids.shape, kept.shape[1], dtype=torch.bool, device=device)
             for b in range(len(batch.ids)):

@@ -33,7 +33,11 @@ class Muon(torch.optim.Optimizer):
     """Muon over 2-D parameters. The step is scaled by ``sqrt(max(1, rows / columns))``; weight decay is decoupled."""
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 0.02, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float = 0.02,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 

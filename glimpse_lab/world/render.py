@@ -37,7 +37,20 @@ def _polygon(shape: str, s: float) -> list[tuple[float, float]]:
         return [(s / 2, 0), (s, s / 2), (s / 2, s), (0, s / 2)]
     if shape == "cross":
         a, b = s * 0.32, s * 0.68
-        return [(a, 0), (b, 0), (b, a), (s, a), (s, b), (b, b), (b, s), (a, s), (a, b), (0, b), (0, a), (a, a)]
+        return [
+            (a, 0),
+            (b, 0),
+            (b, a),
+            (s, a),
+            (s, b),
+            (b, b),
+            (b, s),
+            (a, s),
+            (a, b),
+            (0, b),
+            (0, a),
+            (a, a),
+        ]
     points = []
     for i in range(10):
         radius = s / 2 if i % 2 == 0 else s * 0.2

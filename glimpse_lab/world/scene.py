@@ -139,7 +139,9 @@ def _plate(rng: random.Random, colour: str, kind: str, row: int, column: int) ->
     top, bottom = row * CELL + rng.randint(0, 3), (row + 1) * CELL - rng.randint(0, 3)
     box = (column * CELL + rng.randint(0, 1), top, (column + 2) * CELL - rng.randint(0, 1), bottom)
     slots = tuple((x + i * pitch, top, min(x + (i + 1) * pitch, box[2]), bottom) for i in range(len(text)))
-    return Plate(colour, kind, text, box, slots, (top + bottom) // 2, rng.randint(17, 20), _tint(rng, COLOURS[colour]))
+    return Plate(
+        colour, kind, text, box, slots, (top + bottom) // 2, rng.randint(17, 20), _tint(rng, COLOURS[colour])
+    )
 
 
 def make_scene(seed: int, height: int, width: int) -> Scene:

@@ -65,7 +65,9 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), heads=st.integers(1, 3), d=st.sampled_from([1, 7, 32, 80]), dv=st.sampled_from([3, 64]))
-def test_against_a_loop(kernel: Case, dtype: torch.dtype, case: dict[str, Any], heads: int, d: int, dv: int) -> None:
+def test_against_a_loop(
+    kernel: Case, dtype: torch.dtype, case: dict[str, Any], heads: int, d: int, dv: int
+) -> None:
     g = torch.Generator().manual_seed(0)
     t, size, layers = case["t"], case["size"], case["layers"]
     index, slots = ints(case["index"]), ints(case["slots"])

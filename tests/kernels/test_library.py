@@ -27,7 +27,13 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     return {
         "attention": ((q, k, v, ints(0, 3, 7), ints(0, 3, 7)), {"causal": True}),
         "decode_attention": (
-            (torch.randn(2, 4, 8), torch.randn(3, 4, 2, 8), torch.randn(3, 4, 2, 8), ints(0, 1, 2, 0).view(2, 2), ints(6, 3)),
+            (
+                torch.randn(2, 4, 8),
+                torch.randn(3, 4, 2, 8),
+                torch.randn(3, 4, 2, 8),
+                ints(0, 1, 2, 0).view(2, 2),
+                ints(6, 3),
+            ),
             {},
         ),
         "glimpse_scores": ((q[:2], k, ints(0, 3, 5), ints(0, 0, 1)), {"lse": torch.randn(2, 4)}),
@@ -106,3 +112,18 @@ def test_values() -> None:
 def test_an_error_keeps_its_words() -> None:
     with pytest.raises(ValueError, match="swiglu: up"):
         torch.ops.glimpse.swiglu(torch.zeros(3, 4), torch.zeros(3, 5))
+
+
+def test_compile_without_a_graph_break() -> None:
+    ops = torch.ops.glimpse
+
+    def block(x: Tensor, residual: Tensor, weight: Tensor, up: Tensor) -> Tensor:
+        h = ops.add_rms_norm(x, residual, weight, 1e-6)
+        return ops.swiglu(h, up) + residual
+
+    (x, residual, weight, _), _ = samples()["add_rms_norm"]
+    up = torch.randn(5, 16)
+    twin = residual.clone()
+    want = block(x, twin, weight, up)
+    got = torch.compile(block, backend="aot_eager", fullgraph=True)(x, residual, weight, up)
+    assert torch.equal(got, want) and torch.equal(residual, twin)

@@ -12,7 +12,9 @@ from glimpse_kernels import rms_norm
 from tests.kernels.kernel_cases import Case, op_cases
 
 all_cases = pytest.mark.parametrize("kernel", op_cases("rms_norm"), indirect=True)
-single = pytest.mark.parametrize("kernel", [c for c in op_cases("rms_norm") if c.id.endswith("float32")], indirect=True)
+single = pytest.mark.parametrize(
+    "kernel", [c for c in op_cases("rms_norm") if c.id.endswith("float32")], indirect=True
+)
 
 
 SHAPES = [(0, 8), (1, 1), (1, 1024), (3, 7), (5, 33), (17, 80), (2, 129), (64, 640), (9, 3584)]
@@ -111,7 +113,9 @@ def test_rows_do_not_mix(kernel: Case) -> None:
 @single
 def test_large_values_do_not_overflow_in_bfloat16(kernel: Case) -> None:
     x = torch.full((1, 64), 1e15, dtype=torch.bfloat16)
-    assert torch.equal(rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-6), torch.ones(1, 64, dtype=torch.bfloat16))
+    assert torch.equal(
+        rms_norm(x, torch.ones(64, dtype=torch.bfloat16), 1e-6), torch.ones(1, 64, dtype=torch.bfloat16)
+    )
 
 
 def test_gradient() -> None:
@@ -131,6 +135,8 @@ def test_bad_arguments() -> None:
         rms_norm(x, weight.bfloat16(), 1e-6)
     with pytest.raises(ValueError, match="residual"):
         rms_norm(x, weight, 1e-6, residual=x[:2].clone())
+    with pytest.raises(ValueError, match="out"):
+        rms_norm(x, weight, 1e-6, residual=(residual := x.clone()), out=residual)
     with pytest.raises(ValueError, match="contiguous"):
         rms_norm(torch.zeros(12, 4).t(), weight, 1e-6)
     with pytest.raises(TypeError, match="float64"):

@@ -17,7 +17,9 @@ from glimpse_kernels import mrope_cos_sin, rope, vision_rotary
 from tests.kernels.kernel_cases import Case, op_cases
 
 all_cases = pytest.mark.parametrize("kernel", op_cases("rope"), indirect=True)
-single = pytest.mark.parametrize("kernel", [c for c in op_cases("rope") if c.id.endswith("float32")], indirect=True)
+single = pytest.mark.parametrize(
+    "kernel", [c for c in op_cases("rope") if c.id.endswith("float32")], indirect=True
+)
 
 
 def tables(t: int, d: int, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -118,7 +120,9 @@ def test_without_slots(kernel: Case) -> None:
 
 @single
 @settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(t=st.integers(0, 12), hq=st.integers(0, 3), hkv=st.integers(1, 3), half=st.integers(1, 40), data=st.data())
+@given(
+    t=st.integers(0, 12), hq=st.integers(0, 3), hkv=st.integers(1, 3), half=st.integers(1, 40), data=st.data()
+)
 def test_slots(kernel: Case, t: int, hq: int, hkv: int, half: int, data: st.DataObject) -> None:
     d, size = 2 * half, t + 2
     q, k = random(t, hq, d, dtype=torch.float32), random(t, hkv, d, dtype=torch.float32, seed=1)

@@ -177,7 +177,12 @@ def test_nan_is_last_and_never_above_the_threshold(kernel: Case) -> None:
     nan, inf = math.nan, math.inf
     assert run(**simple([nan, 1.0, -inf], threshold=-inf)).keep.tolist() == [False, True, False]
     # NaN and -inf are equals, so the floor takes the lower index
-    assert run(**simple([nan, -5.0, -inf, nan], threshold=9.0, floors=[2])).keep.tolist() == [True, True, False, False]
+    assert run(**simple([nan, -5.0, -inf, nan], threshold=9.0, floors=[2])).keep.tolist() == [
+        True,
+        True,
+        False,
+        False,
+    ]
     # a NaN with its sign bit set is no different
     logits = torch.tensor([1.0, 0.5, 2.0])
     logits.view(torch.int32)[0] = -1
@@ -253,7 +258,9 @@ def test_recorded_masks(kernel: Case, name: str) -> None:
         threshold=logit(setting["reduce_threshold"]),
         caps=torch.tensor([n if ratio is None else math.floor(ratio * n) for n in sizes], dtype=torch.int32),
         floors=torch.tensor([setting["min_remain_num"] for _ in sizes], dtype=torch.int32),
-        forced=torch.tensor(anchors(grids, setting["anchor_positions"])) if setting["anchor_positions"] else None,
+        forced=torch.tensor(anchors(grids, setting["anchor_positions"]))
+        if setting["anchor_positions"]
+        else None,
         token_rows=torch.tensor(np.flatnonzero(is_image), dtype=torch.int32),
         row_keep=torch.tensor(~is_image),
         cu_seqlens=torch.tensor(np.cumsum([0, *lengths]), dtype=torch.int32),

@@ -12,7 +12,9 @@ from glimpse_kernels import swiglu
 from tests.kernels.kernel_cases import Case, op_cases
 
 all_cases = pytest.mark.parametrize("kernel", op_cases("swiglu"), indirect=True)
-single = pytest.mark.parametrize("kernel", [c for c in op_cases("swiglu") if c.id.endswith("float32")], indirect=True)
+single = pytest.mark.parametrize(
+    "kernel", [c for c in op_cases("swiglu") if c.id.endswith("float32")], indirect=True
+)
 
 
 SHAPES = [(0, 4), (1, 1), (1, 4096), (3, 17), (5, 80), (7, 129), (33, 1712)]

@@ -19,7 +19,9 @@ from glimpse_kernels.vip.naive import vip as naive_vip
 from glimpse_kernels.vip.naive import vip_conditions as naive_conditions
 from tests.kernels.kernel_cases import Case, op_cases
 
-all_cases = pytest.mark.parametrize("kernel", [c for c in op_cases("vip") if c.id.endswith("float32")], indirect=True)
+all_cases = pytest.mark.parametrize(
+    "kernel", [c for c in op_cases("vip") if c.id.endswith("float32")], indirect=True
+)
 
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glimpse"
@@ -52,7 +54,10 @@ def run_case(case: dict[str, Any], dtype: torch.dtype) -> Tensor:
         cu = torch.from_numpy(inputs["cu_window_seqlens"] // 4).int()
     rows, cols = grid_coordinates(grids)
     cos, sin = vip_rotary(rows[order], cols[order], weights.qk_dim, weights.theta)
-    taps = [torch.from_numpy(inputs[f"vis_hidden_{i}"]).to(dtype)[order] for i in setting["selected_visual_layers"]]
+    taps = [
+        torch.from_numpy(inputs[f"vis_hidden_{i}"]).to(dtype)[order]
+        for i in setting["selected_visual_layers"]
+    ]
     result = torch.full((len(scores),), torch.nan)
     result[order] = vip(scores[order], vip_conditions(taps, weights), weights, cu, cos, sin)
     return result
@@ -69,6 +74,24 @@ def test_recorded_logits(kernel: Case, name: str) -> None:
         assert (got - want).abs().max() < 0.15  # two correct runs in bfloat16 are this far apart
     else:
         assert (run_case(case, torch.float32) - want).abs().max() <= 1e-4
+
+
+@all_cases
+@pytest.mark.parametrize("name", ["single", "ratio_0111"])
+def test_recorded_logits_of_llava(kernel: Case, name: str) -> None:
+    """Six by six tokens of a CLIP tower; other tap layers, log-softmax scores."""
+    folder = GOLDEN / "llava"
+    recorded, config = (
+        np.load(folder / f"case_{name}.npz"),
+        json.loads((folder / "gp" / "config.json").read_text()),
+    )
+    weights = VipWeights.from_state_dict(state_dict("llava/gp"), config).to(torch.float32)
+    rows, cols = grid_coordinates([(6, 6)])
+    cos, sin = vip_rotary(rows, cols, weights.qk_dim, weights.theta)
+    taps = [torch.from_numpy(recorded[f"vis_hidden_{i}"][0]) for i in config["selected_visual_layers"]]
+    scores, cu = torch.from_numpy(recorded["glimpse_attn"][0]), torch.tensor([0, 36], dtype=torch.int32)
+    got = vip(scores, vip_conditions(taps, weights), weights, cu, cos, sin)
+    assert (got - torch.from_numpy(recorded["vip_logits"][0])).abs().max() <= 1e-4
 
 
 def random_weights(
@@ -116,7 +139,13 @@ def random_weights(
 
 
 def formula(
-    sd: dict[str, Tensor], scores: Tensor, taps: list[Tensor], heads: int, cu: list[int], rows: Tensor, cols: Tensor
+    sd: dict[str, Tensor],
+    scores: Tensor,
+    taps: list[Tensor],
+    heads: int,
+    cu: list[int],
+    rows: Tensor,
+    cols: Tensor,
 ) -> Tensor:
     """The predictor in double, one picture at a time, with scaled_dot_product_attention and complex rotations."""
     w = {k: v.double() for k, v in sd.items()}
@@ -152,7 +181,9 @@ def formula(
 
 @all_cases
 @pytest.mark.parametrize("kind", ["v1", "v2"])
-@pytest.mark.parametrize("grids", [[], [(1, 1)], [(3, 5)], [(2, 7), (1, 1), (9, 8)], [(4, 4), (0, 0), (5, 3)]])
+@pytest.mark.parametrize(
+    "grids", [[], [(1, 1)], [(3, 5)], [(2, 7), (1, 1), (9, 8)], [(4, 4), (0, 0), (5, 3)]]
+)
 def test_formula(kernel: Case, kind: str, grids: list[tuple[int, int]]) -> None:
     sd, config = random_weights(kind=kind)
     weights = VipWeights.from_state_dict(sd, config)
@@ -182,10 +213,14 @@ def test_pictures_do_not_see_each_other(kernel: Case) -> None:
     g = torch.Generator().manual_seed(1)
     scores, taps = torch.randn(37, 6, generator=g), [torch.randn(37, 20, generator=g) for _ in range(3)]
     cos, sin = vip_rotary(rows, cols, weights.qk_dim)
-    both = vip(scores, vip_conditions(taps, weights), weights, torch.tensor([0, 12, 37], dtype=torch.int32), cos, sin)
+    both = vip(
+        scores, vip_conditions(taps, weights), weights, torch.tensor([0, 12, 37], dtype=torch.int32), cos, sin
+    )
     for a, b in ((0, 12), (12, 37)):
         part = vip_conditions([t[a:b] for t in taps], weights)
-        alone = vip(scores[a:b], part, weights, torch.tensor([0, b - a], dtype=torch.int32), cos[a:b], sin[a:b])
+        alone = vip(
+            scores[a:b], part, weights, torch.tensor([0, b - a], dtype=torch.int32), cos[a:b], sin[a:b]
+        )
         assert torch.allclose(both[a:b], alone, atol=1e-5)
 
 
@@ -214,9 +249,15 @@ def test_gradients_reach_weights_scores_and_taps() -> None:
     twin_scores = scores.detach().double().requires_grad_()
     twin_taps = [t.detach().double().requires_grad_() for t in taps]
     formula(twins, twin_scores, twin_taps, 2, cu, rows, cols).square().sum().backward()
-    for got, want in [(scores, twin_scores), *zip(taps, twin_taps, strict=True), *((leaves[k], twins[k]) for k in sd)]:
+    for got, want in [
+        (scores, twin_scores),
+        *zip(taps, twin_taps, strict=True),
+        *((leaves[k], twins[k]) for k in sd),
+    ]:
         assert got.grad is not None and want.grad is not None
-        assert torch.allclose(got.grad.double(), want.grad, rtol=1e-3, atol=1e-3 * want.grad.abs().max().item())
+        assert torch.allclose(
+            got.grad.double(), want.grad, rtol=1e-3, atol=1e-3 * want.grad.abs().max().item()
+        )
 
 
 def test_missing_and_left_over_keys() -> None:
@@ -240,7 +281,9 @@ def test_missing_and_left_over_keys() -> None:
         VipWeights.from_state_dict(sd, config | {"attn_fuse_hidden_act": "gelu"})
     with pytest.raises(ValueError, match=r"expected 32 rows \(attn_fuse_size\), found 24"):
         VipWeights.from_state_dict(sd, config | {"attn_fuse_size": 32})
-    with pytest.raises(ValueError, match=r"layers\.0\.attn\.k_proj.*expected shape \[64, 64\], found \[64, 24\]"):
+    with pytest.raises(
+        ValueError, match=r"layers\.0\.attn\.k_proj.*expected shape \[64, 64\], found \[64, 24\]"
+    ):
         VipWeights.from_state_dict(sd | {"layers.0.attn.k_proj.weight": torch.zeros(64, 24)}, config)
     with pytest.raises(ValueError, match="heads"):
         VipWeights.from_state_dict(sd, config | {"attn_fuse_num_heads": 5})
@@ -253,7 +296,9 @@ def test_tolerated_keys() -> None:
     # deep supervision: the earlier outputs are there for training only, the last one is used
     deep = sd | {"attn_out_projs.0.weight": torch.zeros(1, 24), "attn_out_projs.0.bias": torch.zeros(1)}
     weights = VipWeights.from_state_dict(deep, config | {"deep_supervision": True})
-    assert weights.out_proj is not None and torch.equal(weights.out_proj.weight, sd["attn_out_projs.2.weight"])
+    assert weights.out_proj is not None and torch.equal(
+        weights.out_proj.weight, sd["attn_out_projs.2.weight"]
+    )
 
 
 def test_bad_arguments() -> None:

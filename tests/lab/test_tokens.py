@@ -38,7 +38,9 @@ def test_saved_files_load_offline(tokenizer: PreTrainedTokenizerFast, tmp_path: 
     save_processor_files(tokenizer, tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path, local_files_only=True)
     assert loaded.get_vocab() == tokenizer.get_vocab()
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the word?"}]}]
+    messages = [
+        {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is the word?"}]}
+    ]
     prompt = loaded.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert prompt == (
         "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>What is the word?<|im_end|>\n<|im_start|>assistant\n"

@@ -66,7 +66,12 @@ def test_forward_equals_transformers_with_each_question_alone(batch: Batch, enco
         pixel_values = patches.view(-1, 3, 1, 196).expand(-1, -1, 2, -1).reshape(-1, 1176)
         for block in range(2):
             inside = batch.block[1] == block
-            ids = [*encoder.prefix, *[encoder.image_id] * 48, encoder.vision_end_id, *batch.ids[1][inside].tolist()]
+            ids = [
+                *encoder.prefix,
+                *[encoder.image_id] * 48,
+                encoder.vision_end_id,
+                *batch.ids[1][inside].tolist(),
+            ]
             tokens = torch.tensor([ids])
             reference = model(
                 input_ids=tokens,
@@ -87,7 +92,9 @@ def test_loss_falls_and_resume_equals_uninterrupted(tmp_path: Path) -> None:
     checkpoint.save(tmp_path / "cut" / "base.pt", first.state_dict())
     resumed = train_base(shape, run, tmp_path / "cut", CPU, workers=0)
     assert resumed.step == whole.step == 4
-    for (name, a), b in zip(whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True):
+    for (name, a), b in zip(
+        whole.model.state_dict().items(), resumed.model.state_dict().values(), strict=True
+    ):
         assert torch.equal(a, b), name
     assert whole.train_step(schedule[0])["answer"] < losses[0]
 

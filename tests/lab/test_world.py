@@ -38,7 +38,12 @@ def test_boxes_hold_the_drawn_pixels(seed: int, height: int, width: int) -> None
         inside = drawn[y1:y2, x1:x2]
         # Tight: ink reaches each edge of the box, but for a star's points, which stand on the box's inner circle.
         slack = 1 + round(0.11 * max(x2 - x1, y2 - y1))
-        assert inside[:slack].any() and inside[-slack:].any() and inside[:, :slack].any() and inside[:, -slack:].any()
+        assert (
+            inside[:slack].any()
+            and inside[-slack:].any()
+            and inside[:, :slack].any()
+            and inside[:, -slack:].any()
+        )
         boxed[y1:y2, x1:x2] = True
     assert not (drawn & ~boxed).any()
     for thing in scene.things:
@@ -91,12 +96,16 @@ def test_answers_follow_from_the_scene(seed: int, height: int, width: int) -> No
         elif q.task == "biggest":
             assert q.answer == f"{largest.colour} {largest.shape}" and q.boxes == (largest.box,)
         elif q.task == "colours":
-            assert q.answer.split(", ") == [t.colour for t in ordered] and set(q.boxes) == {t.box for t in ordered}
+            assert q.answer.split(", ") == [t.colour for t in ordered] and set(q.boxes) == {
+                t.box for t in ordered
+            }
         else:
             assert q.answer.split(", ") == [f"{t.colour} {t.shape}" for t in ordered]
         for start, end, box in q.evidence:
             assert q.answer[start:end].strip()
-            assert any(b[0] - 1 <= box[0] and box[2] <= b[2] and b[1] <= box[1] and box[3] <= b[3] for b in q.boxes)
+            assert any(
+                b[0] - 1 <= box[0] and box[2] <= b[2] and b[1] <= box[1] and box[3] <= b[3] for b in q.boxes
+            )
     assert {"colour", "shape", "colours", "things"} <= seen
     text = caption(scene).answer
     assert all(p.text in text for p in scene.plates) and all(t.name in text for t in scene.things)

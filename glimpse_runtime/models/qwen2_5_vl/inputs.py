@@ -26,6 +26,9 @@ def read_grids(
         if (grids is None) != (pixels is None):
             raise GlimpseError(f"pixel values and grids of {name}s come together: found only one of the two")
         return []
+    for what, value in ((f"{name}_grid_thw", grids), (f"pixel values of the {name}s", pixels)):
+        if not isinstance(value, torch.Tensor):
+            raise GlimpseError(f"{what}: expected a tensor, found {type(value).__name__}")
     if grids.ndim != 2 or grids.shape[1] != 3:
         raise GlimpseError(f"{name}_grid_thw: expected shape [{name}s, 3], found {list(grids.shape)}")
     found = [(int(t), int(h), int(w)) for t, h, w in grids.tolist()]
@@ -92,7 +95,7 @@ def pack(
     waiting = _visuals(image_grids, video_grids, seconds_per_grid, config)
     ids: list[np.ndarray] = []
     positions: list[np.ndarray] = []
-    next_positions: list[int] = []
+    next_positions: list[np.ndarray] = []
     lengths: list[int] = []
     visual_rows: list[np.ndarray] = []
     visual_order: list[np.ndarray] = []
@@ -104,6 +107,11 @@ def pack(
                 f"row {row}: expected at most {config.text.max_positions} prompt tokens (the model's context), "
                 f"found {len(tokens)}"
             )
+        if tokens.min() < 0 or tokens.max() >= config.text.vocab_size:
+            raise GlimpseError(
+                f"row {row}: expected token ids from 0 to {config.text.vocab_size - 1}, "
+                f"found {int(tokens.min())} to {int(tokens.max())}"
+            )
         segments = _segments(tokens, row, waiting, config)
         visuals = [segment for segment in segments if segment.visual is not None]
         own = _positions(segments)
@@ -111,7 +119,7 @@ def pack(
         after = int(own[2, -1]) + 1
         ids += [tokens, np.zeros(probes, dtype=np.int64)]
         positions += [own, np.broadcast_to(np.arange(after, after + probes), (3, probes))]
-        next_positions.append(int(own.max()) + 1)
+        next_positions.append(own[:, -1] + 1)
         for index, segment in enumerate(visuals):
             visual = segment.visual
             assert visual is not None
@@ -140,7 +148,7 @@ def pack(
         prompt_lengths=tuple(len(tokens) for tokens in rows),
         probe_length=probe_length,
         positions=tensor(positions, axis=1),
-        next_positions=torch.tensor(next_positions, dtype=torch.int64, device=device),
+        next_positions=tensor([np.stack(next_positions, axis=1)], axis=1),
         visual_rows=tensor(visual_rows),
         visual_order=tensor(visual_order),
         pictures=tuple(pictures),
@@ -217,7 +225,9 @@ def _positions(segments: Sequence[_Segment]) -> np.ndarray:
         else:
             _, height, width = segment.visual.merged
             t, y, x = np.unravel_index(np.arange(segment.visual.tokens), segment.visual.merged)
-            parts.append(np.stack([(t * segment.visual.interval).astype(np.int64), y, x]) + position)
+            # In float32, like the recorded positions of the family: the product decides where a frame falls.
+            t = (t.astype(np.float32) * np.float32(segment.visual.interval)).astype(np.int64)
+            parts.append(np.stack([t, y, x]) + position)
             position += max(height, width)
     return np.concatenate(parts, axis=1)
 
@@ -234,13 +244,13 @@ def check_ids(input_ids: object) -> torch.Tensor:
     return input_ids
 
 
-def _unpad(
-    input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-) -> tuple[np.ndarray, list[np.ndarray]]:
+def _unpad(input_ids: torch.Tensor, attention_mask: torch.Tensor | None) -> list[np.ndarray]:
     ids = input_ids.cpu().numpy().astype(np.int64)
     if attention_mask is None:
         mask = np.ones_like(ids, dtype=bool)
     else:
+        if not isinstance(attention_mask, torch.Tensor):
+            raise GlimpseError(f"attention_mask: expected a tensor, found {type(attention_mask).__name__}")
         if tuple(attention_mask.shape) != tuple(input_ids.shape):
             raise GlimpseError(
                 f"attention_mask: expected the shape of input_ids {list(input_ids.shape)}, "

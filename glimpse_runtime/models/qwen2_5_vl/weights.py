@@ -63,9 +63,6 @@ class WeightReader:
     def has(self, name: str) -> bool:
         return name in self._source
 
-    def ignore(self, name: str) -> None:
-        self._left.discard(name)
-
     def linear(self, name: str, rows: int, cols: int, *, bias: bool) -> Linear:
         return Linear(
             self.take(f"{name}.weight", rows, cols), self.take(f"{name}.bias", rows) if bias else None
@@ -150,11 +147,11 @@ def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
             )
         )
     embed = reader.take("text.embed_tokens.weight", c.vocab_size, width)
-    if c.tie_word_embeddings:
-        reader.ignore("lm_head.weight")
+    if c.tie_word_embeddings and not reader.has("lm_head.weight"):
         head = embed
-    else:
+    else:  # a checkpoint may hold a head of its own although its config says it is tied
         head = reader.take("lm_head.weight", c.vocab_size, width)
+        head = embed if c.tie_word_embeddings and torch.equal(head, embed) else head
     exponents = torch.arange(0, c.head_dim, 2, dtype=torch.float32) / c.head_dim
     return Decoder(
         config=c,

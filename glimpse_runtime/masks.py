@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Keep masks that come with a call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from glimpse_runtime.errors import GlimpseError
+from glimpse_runtime.packing import PackedBatch
+
+
+def scores_from_masks(masks: torch.Tensor | Sequence[torch.Tensor], batch: PackedBatch) -> torch.Tensor:
+    """Masks as scores `[N]` fp32 on the batch's device: +1 stays, -1 goes.
+
+    Args:
+        masks: a flat `[N]` over all visual tokens in prompt order, or one `[height, width]` mask (or its flat form) for
+            each picture. bool, or numbers of which those above 0.5 stay.
+
+    Raises:
+        GlimpseError: a size disagrees with the pictures.
+    """
+    if isinstance(masks, torch.Tensor) and masks.ndim == 1:
+        parts = [masks]
+        if masks.shape[0] != batch.num_visual:
+            raise GlimpseError(
+                f"keep masks: expected {batch.num_visual} values, one a visual token, found {masks.shape[0]}"
+            )
+    else:
+        parts = [torch.as_tensor(mask) for mask in ([masks] if isinstance(masks, torch.Tensor) else masks)]
+        if len(parts) != len(batch.pictures):
+            raise GlimpseError(
+                f"keep masks: expected {len(batch.pictures)}, one a picture (video slice), found {len(parts)}"
+            )
+        for number, (mask, picture) in enumerate(zip(parts, batch.pictures, strict=True)):
+            grid = (picture.height, picture.width)
+            if tuple(mask.shape) not in (grid, (1, *grid), (picture.tokens,)):
+                raise GlimpseError(
+                    f"keep masks: picture {number}: expected shape {list(grid)}, found {list(mask.shape)}"
+                )
+    if not parts:
+        return torch.zeros(0, device=batch.device)
+    flat = torch.cat([part.flatten().to(device=batch.device, dtype=torch.float32) for part in parts])
+    return torch.where(flat > 0.5, 1.0, -1.0)

@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What `GlimpseModel.prefill` gives back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from glimpse_runtime.decode import DecodeLoop
+from glimpse_runtime.entry import inference
+from glimpse_runtime.errors import GlimpseError
+from glimpse_runtime.masks import scores_from_masks
+from glimpse_runtime.prefill import Prefill
+from glimpse_runtime.report import PruningReport, report_of
+from glimpse_runtime.timings import Timings
+
+
+class PrefillResult:
+    """A prompt batch after prefill, or waiting inside the pruning layer for its selection."""
+
+    def __init__(self, state: Prefill, *, waiting: bool) -> None:
+        self._state = state
+        self._waiting = waiting
+        self._decoded = False
+
+    @property
+    def scores(self) -> torch.Tensor | None:
+        """`[N]` fp32 importance of every visual token, prompt order; known before the selection. None without a plan."""
+        return self._state.scores
+
+    @property
+    def glimpse_scores(self) -> list[torch.Tensor]:
+        """What the glimpse token saw in each of the plan's layers: `[N, heads]` fp32 each, prompt order."""
+        return [seen.index_select(0, self._state.batch.visual_order) for seen in self._state.seen]
+
+    @inference
+    def select(self, keep: torch.Tensor | Sequence[torch.Tensor] | None = None) -> PrefillResult:
+        """Go on after `prefill(..., select=False)`; nothing is left to do for prompts without pictures.
+
+        Args:
+            keep: masks, `[N]` or one a picture, taken as they are; None: the plan's own selection.
+
+        Returns:
+            self.
+
+        Raises:
+            GlimpseError: nothing waits for a selection, or a mask has another size.
+        """
+        state = self._state
+        if not self._waiting:
+            raise GlimpseError(
+                "select(): expected a prefill made with select=False that was not selected yet"
+            )
+        scores = None if keep is None else scores_from_masks(keep, state.batch)
+        self._waiting = False
+        if state.last_logits is not None:
+            return self
+        if scores is not None:
+            assert state.plan is not None
+            state.plan = state.plan.with_budget(
+                threshold=0.5, max_remain_ratio=None, min_remain_num=0, anchor_positions=(), group="picture"
+            )
+        state.choose(scores)
+        return self
+
+    @property
+    def last_logits(self) -> torch.Tensor:
+        """`[B, vocabulary]` after the last prompt token, in the model's dtype."""
+        self._require_done()
+        assert self._state.last_logits is not None
+        return self._state.last_logits
+
+    @property
+    def pruning(self) -> PruningReport | None:
+        """What was kept of each picture; None if nothing was pruned."""
+        self._require_done()
+        return report_of(self._state)
+
+    @property
+    def timings(self) -> Timings:
+        return self._state.timings
+
+    @property
+    def kept_positions(self) -> list[torch.Tensor]:
+        """Rotary positions of each row's prompt tokens that stayed, `[3, kept]` int64 each."""
+        self._require_done()
+        assert self._state.kept_positions is not None and self._state.kept_lengths is not None
+        return list(self._state.kept_positions.split(self._state.kept_lengths.tolist(), dim=1))
+
+    def kv(self, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys (rotated) and values `[kept, kv heads, head_dim]` of one row's prompt in one layer."""
+        self._require_done()
+        assert self._state.pool is not None and self._state.kept_lengths is not None
+        return self._state.pool.rows(row, layer, int(self._state.kept_lengths[row]))
+
+    @inference
+    def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Continue greedily for exactly `steps` tokens, without regard for end tokens; once.
+
+        Returns:
+            tokens `[B, steps]` int64 and the logits `[B, steps, vocabulary]` from which they were taken.
+
+        Raises:
+            GlimpseError: it was decoded already, or `steps` does not fit what prefill left room for.
+        """
+        self._require_done()
+        state = self._state
+        if self._decoded:
+            raise GlimpseError("decode(): expected a prefill that was not decoded yet")
+        if not 1 <= steps <= state.extra_rows:
+            raise GlimpseError(
+                f"decode(): expected 1 to {state.extra_rows} steps (max_new_tokens), found {steps}"
+            )
+        self._decoded = True
+        assert state.pool is not None
+        loop = DecodeLoop(state.decoder, state.pool, state.batch.next_positions, state.extra_rows)
+        logits = [self.last_logits]
+        tokens = [logits[0].argmax(-1)]
+        while len(tokens) < steps:
+            logits.append(loop.step(tokens[-1]))
+            tokens.append(logits[-1].argmax(-1))
+        return torch.stack(tokens, 1), torch.stack(logits, 1)
+
+    def _require_done(self) -> None:
+        if self._state.last_logits is None:
+            raise GlimpseError("expected a finished prefill: it waits for select()")
