@@ -101,7 +101,7 @@ def main(
         raise typer.BadParameter(f"shape: one of {', '.join(SHAPES)}; dtype: one of {', '.join(DTYPES)}")
     if threads:
         torch.set_num_threads(threads)
-    console = Console(stderr=only is not None)
+    console = Console(stderr=only is not None, width=None if sys.stdout.isatty() else 130)
     with tempfile.TemporaryDirectory() as folder:
         modules = write_modules(shape, Path(folder) / "modules")
         hf = build(shape, DTYPES[dtype])

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 import typer
 
 from glimpse_runtime import cli_console as console
+from glimpse_runtime.errors import GlimpseError
 
 app = typer.Typer(
     name="glimpse",
@@ -62,21 +63,18 @@ _register()
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
-    from glimpse_kernels import UnsupportedError
-    from glimpse_runtime.errors import GlimpseError
-
     command = typer.main.get_command(app)
     try:
         code = command.main(
             args=None if arguments is None else list(arguments), prog_name="glimpse", standalone_mode=False
         )
         return int(code or 0)
-    except (GlimpseError, UnsupportedError, OSError) as error:
-        console.fail(str(error))
-        return console.BAD_INPUT
     except KeyboardInterrupt:
         return console.INTERRUPTED
     except Exception as error:
+        if _is_of_the_user(error):
+            console.fail(str(error))
+            return console.BAD_INPUT
         # Usage errors come from the click that this typer uses, which may be a copy of its own.
         if hasattr(error, "format_message"):
             console.fail(error.format_message())
@@ -84,6 +82,16 @@ def run(arguments: Sequence[str] | None = None) -> int:
         if type(error).__name__ == "Abort":
             return console.INTERRUPTED
         raise
+
+
+def _is_of_the_user(error: Exception) -> bool:
+    """Whether the message of an error is all that its reader needs."""
+    if isinstance(error, (GlimpseError, OSError)):
+        return True
+    if isinstance(error, ValueError) and str(error).startswith("GLIMPSE_"):
+        return True  # an environment variable with a value that does not exist
+    kernels = sys.modules.get("glimpse_kernels")  # not imported for the sake of --help: it brings torch
+    return kernels is not None and isinstance(error, kernels.UnsupportedError)
 
 
 def main() -> None:

@@ -25,8 +25,9 @@ import numpy as np
 import torch
 
 from glimpse_runtime.errors import GlimpseError
-from glimpse_runtime.model import GlimpseModel, PrefillResult
+from glimpse_runtime.model import GlimpseModel
 from glimpse_runtime.modules import MODULES_FILE
+from glimpse_runtime.prefill_result import PrefillResult
 
 PLAIN = "plain/"
 FLOAT32_LIMIT = 1e-4

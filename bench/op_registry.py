@@ -1,0 +1,191 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a kernel measurement is made of: the sizes of a model shape, one piece of work, and the registry of all rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from bench.shapes import SHAPES
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+KEPT_SHARE = 0.074  # of the image tokens, as in bench.e2e_cpu
+Results = tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes one model shape gives the ops, for one square picture.
+
+    side: merged image tokens along an edge. text: other tokens of the prompt. heads, kv_heads, dim, hidden, inner: of the
+    language model. cached: layers up to and with the glimpse layer, whose cache is compacted. vision_*: of the tower.
+    taps: layers of the predictor, whose working width, condition width and heads are as published.
+    """
+
+    name: str
+    side: int
+    text: int
+    heads: int
+    kv_heads: int
+    dim: int
+    hidden: int
+    inner: int
+    cached: int
+    vision_hidden: int
+    vision_heads: int
+    vision_inner: int
+    taps: int = 4
+    vip_width: int = 256
+    vip_condition: int = 512
+    vip_heads: int = 4
+
+    @property
+    def image(self) -> int:
+        return self.side**2
+
+    @property
+    def patches(self) -> int:
+        return 4 * self.image
+
+    @property
+    def window(self) -> int:
+        """Patches of one attention window of the vision tower: 8 x 8, if the picture has as many."""
+        return min(64, self.patches)
+
+    @property
+    def rows(self) -> int:
+        return self.image + self.text
+
+    @property
+    def kept_image(self) -> int:
+        return int(KEPT_SHARE * self.image)
+
+    @property
+    def kept(self) -> int:
+        return self.text + self.kept_image
+
+    @property
+    def vision_dim(self) -> int:
+        return self.vision_hidden // self.vision_heads
+
+
+def sizes(name: str, side: int = 32, text: int = 61) -> Sizes:
+    """Sizes of a shape of `bench.shapes` with a picture of `side` x `side` tokens (32: 896 pixels)."""
+    config, glimpse_layer, taps = SHAPES[name]
+    llm, vision = config["text_config"], config["vision_config"]
+    return Sizes(
+        name=name,
+        side=side,
+        text=text,
+        heads=llm["num_attention_heads"],
+        kv_heads=llm["num_key_value_heads"],
+        dim=llm["hidden_size"] // llm["num_attention_heads"],
+        hidden=llm["hidden_size"],
+        inner=llm["intermediate_size"],
+        cached=glimpse_layer + 1,
+        vision_hidden=vision["hidden_size"],
+        vision_heads=vision["num_heads"],
+        vision_inner=vision["intermediate_size"],
+        taps=len(taps),
+    )
+
+
+TINY = Sizes(
+    name="tiny", side=8, text=9, heads=4, kv_heads=2, dim=16, hidden=64, inner=96, cached=2,
+    vision_hidden=32, vision_heads=2, vision_inner=48, taps=2, vip_width=32, vip_condition=16, vip_heads=2,
+)  # fmt: skip
+"""For --quick: seconds instead of minutes; its figures say nothing."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One thing to check and to time. The functions take nothing and return the tensors they wrote.
+
+    ours: the op, dispatched. plain: the fastest plain torch we know of for the same result. truth: the definition on the same
+    values in fp32. Each is called once on untouched inputs for the check; `ours` and `plain` many times afterwards.
+    amount: the least one call can do, FLOPs or bytes (every input read once, every result written once).
+    tolerance: None for the rounding rule of `bench.gate`, 0 for equality, else a share of the largest true value.
+    """
+
+    ours: Callable[[], Results]
+    plain: Callable[[], Results]
+    truth: Callable[[], Results]
+    amount: float
+    unit: Literal["byte", "flop"]
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class Row:
+    """One registered measurement. per_picture: it depends on the picture only, neither on the model nor on the dtype."""
+
+    op: str
+    what: str
+    build: Callable[[Sizes, torch.dtype], Work]
+    per_picture: bool = False
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row at a shape and dtype; nothing is allocated before `build`."""
+
+    row: Row
+    sizes: Sizes
+    dtype: torch.dtype
+
+    @property
+    def shape_name(self) -> str:
+        return f"{28 * self.sizes.side} px" if self.row.per_picture else self.sizes.name
+
+    @property
+    def dtype_name(self) -> str:
+        if self.row.per_picture:
+            return "-"
+        return next(name for name, dtype in DTYPES.items() if dtype is self.dtype)
+
+    @property
+    def label(self) -> str:
+        return f"{self.row.op}: {self.row.what} ({self.shape_name}, {self.dtype_name})"
+
+    def build(self) -> Work:
+        torch.manual_seed(0)
+        return self.row.build(self.sizes, self.dtype)
+
+
+@dataclass
+class Registry:
+    """All rows, in the order in which they were registered."""
+
+    rows: list[Row] = field(default_factory=list)
+
+    def add(
+        self, op: str, what: str, *, per_picture: bool = False
+    ) -> Callable[[Callable[[Sizes, torch.dtype], Work]], Callable[[Sizes, torch.dtype], Work]]:
+        """Decorator: registers a function (sizes, dtype) -> Work as the row `what` of `op`."""
+
+        def register(build: Callable[[Sizes, torch.dtype], Work]) -> Callable[[Sizes, torch.dtype], Work]:
+            self.rows.append(Row(op, what, build, per_picture))
+            return build
+
+        return register
+
+    def ops(self) -> list[str]:
+        return list(dict.fromkeys(row.op for row in self.rows))
+
+    def cases(
+        self, ops: Sequence[str], shapes: Sequence[Sizes], dtypes: Sequence[torch.dtype]
+    ) -> Iterator[Case]:
+        """Every chosen row at every shape and dtype, rows about the picture once."""
+        for row in self.rows:
+            if ops and row.op not in ops:
+                continue
+            for size in shapes[:1] if row.per_picture else shapes:
+                for dtype in dtypes[:1] if row.per_picture else dtypes:
+                    yield Case(row, size, dtype)
+
+
+REGISTRY = Registry()
