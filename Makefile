@@ -26,7 +26,7 @@ export TOKENIZERS_PARALLELISM = false
 .PHONY: help venv demo test lint unit train-tiny clean distclean
 
 help: ## this list
-	@echo "GlimpseEngine: make targets"
+	@echo "Glimpse: make targets"
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## make .venv, install the dependencies, build csrc

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -11,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from glimpse_runtime.errors import GlimpseError
-from glimpse_runtime.hub import resolve_folder
+from glimpse_runtime.hub import read_json, resolve_folder
 
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -107,22 +106,12 @@ def resolve(folder: str | os.PathLike[str]) -> Path:
     return resolve_folder(os.fspath(folder), "tokenizer_config.json", patterns=patterns)
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ProcessorError(f"{str(path)!r} cannot be read as JSON ({error})") from None
-    if not isinstance(data, dict):
-        raise ProcessorError(f"{str(path)!r}: expected a JSON object, found {type(data).__name__}")
-    return data
-
-
 def load_image_settings(root: Path) -> ImageSettings:
     """From ``preprocessor_config.json``, or from ``processor_config.json`` where newer transformers put it."""
     plain, nested = root / "preprocessor_config.json", root / "processor_config.json"
     if plain.is_file():
-        return ImageSettings.from_dict(_read(plain), plain.name)
-    if nested.is_file() and isinstance(found := _read(nested).get("image_processor"), dict):
+        return ImageSettings.from_dict(read_json(plain), plain.name)
+    if nested.is_file() and isinstance(found := read_json(nested).get("image_processor"), dict):
         return ImageSettings.from_dict(found, nested.name)
     raise ProcessorError(
         f"no preprocessor_config.json in {str(root)!r}: this folder does not say how to take pictures"
@@ -134,6 +123,6 @@ def load_chat_template(root: Path) -> str | None:
     plain, legacy = root / "chat_template.jinja", root / "chat_template.json"
     if plain.is_file():
         return plain.read_text(encoding="utf-8")
-    if legacy.is_file() and isinstance(found := _read(legacy).get("chat_template"), str):
+    if legacy.is_file() and isinstance(found := read_json(legacy).get("chat_template"), str):
         return found
     return None

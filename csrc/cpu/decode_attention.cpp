@@ -12,6 +12,9 @@ namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
 constexpr int64_t kChunk = 256;  // keys of a task
+// Query heads a key head up to which keys and values are read in place: packing them pays only for more rows, or where
+// it brings the bf16 pair instruction.
+constexpr int64_t kDirectRows = 2;
 
 struct Plan {
   int64_t group, chunks;  // query heads a key head; most chunks of a row
@@ -23,6 +26,74 @@ struct Plan {
 
   float* part(int64_t row_head, int64_t chunk) const { return parts + (row_head * chunks + chunk) * part_size; }
 };
+
+// ---- one or two query rows: no packing -----------------------------------------------------------------------------
+
+template <class A, class B>
+GLIMPSE_INLINE float dot(const A* a, const B* b, int64_t dim) {
+  vf sum[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = fma(load(a + d + i * kLanes), load(b + d + i * kLanes), sum[i]);
+  }
+  for (; d < dim; d += kLanes) {
+    const int n = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
+    sum[0] = fma(load_n(a + d, n), load_n(b + d, n), sum[0]);
+  }
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+// result[0 .. vectors * kLanes) = keep * result + sum of weights[j] * rows[j][0 .. width)
+template <class T, int vectors>
+void add_values(const T* const* rows, int count, const float* weights, int64_t offset, int64_t width, float keep,
+                float* result) {
+  vf sum[vectors];
+#pragma GCC unroll 8
+  for (int i = 0; i < vectors; ++i) sum[i] = keep == 0.0f ? vf{} : load(result + i * kLanes) * keep;
+  for (int j = 0; j < count; ++j) {
+    const T* row = rows[j] + offset;
+    if (width >= vectors * kLanes) {
+#pragma GCC unroll 8
+      for (int i = 0; i < vectors; ++i) sum[i] = fma(load(row + i * kLanes), splat(weights[j]), sum[i]);
+    } else {
+      const int n = static_cast<int>(width);
+      sum[0] = fma(load_n(row, n), splat(weights[j]), sum[0]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int i = 0; i < vectors; ++i) store(result + i * kLanes, sum[i]);
+}
+
+// What `attend` does, for keys and values where they lie. Cells of the queries are floats.
+template <class T>
+void attend_in_place(Rows& rows, const T* const* keys, const T* const* values, int64_t dim, int64_t v_dim, int64_t key,
+                     int count, float factor) {
+  float logits[kDirectRows * kKeys] __attribute__((aligned(64)));
+  float weights[kDirectRows * kKeys] __attribute__((aligned(64)));
+  const int height = static_cast<int>(rows.count), vectors = (count + kLanes - 1) / kLanes;
+  for (int j = 0; j < count; ++j) {
+    for (int i = 0; i < height; ++i) {
+      logits[i * kKeys + j] = dot(rows.query + i * rows.query_cells, keys[j], dim);
+    }
+  }
+  for (int i = 0; i < height; ++i)  // lanes past the last key are read, though never used
+    for (int j = count; j < vectors * kLanes; ++j) logits[i * kKeys + j] = 0.0f;
+  softmax_tile<float, true>(rows, 0, height, logits, weights, kKeys, vectors, key, factor);
+  for (int i = 0; i < height; ++i) {
+    const float keep = rows.started[0] ? rows.keep[i] : 0.0f;
+    float* result = rows.result + i * rows.columns;
+    const float* weight = weights + i * kKeys;
+    int64_t column = 0;
+    for (; column + 8 * kLanes <= v_dim; column += 8 * kLanes)
+      add_values<T, 8>(values, count, weight, column, 8 * kLanes, keep, result + column);
+    for (; column < v_dim; column += kLanes)
+      add_values<T, 1>(values, count, weight, column, v_dim - column, keep, result + column);
+  }
+  rows.started[0] = true;
+}
+
+// ---- tasks ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64_t row, int64_t kv_head, int64_t chunk) {
@@ -51,6 +122,14 @@ bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64
     const int tile = static_cast<int>(smaller<int64_t>(kKeys, end - key));
     const int next = static_cast<int>(smaller<int64_t>(kKeys, end - key - tile));
     prefetch_rows(key_rows + (key - begin) + tile, next, p.dim);
+    if constexpr (!kPairs<T>) {
+      if (plan.group <= kDirectRows) {
+        prefetch_rows(value_rows + (key - begin) + tile, next, p.v_dim);
+        attend_in_place(rows, key_rows + (key - begin), value_rows + (key - begin), p.dim, p.v_dim, key, tile,
+                        plan.scale.factor);
+        continue;
+      }
+    }
     pack_keys(key_rows + (key - begin), tile, p.dim, packed_keys);
     prefetch_rows(value_rows + (key - begin) + tile, next, p.v_dim);
     pack_values(value_rows + (key - begin), tile, p.v_dim, plan.columns, packed_values);

@@ -84,6 +84,7 @@ def check(pool: Pool, scale: float | None = None) -> None:
         ([256, 257, 512], (7, 1), (64, 64), 32),
         ([65, 64, 2], (8, 8), (80, 80), 64),
         ([300], (28, 4), (37, 19), 5),
+        ([300, 5], (2, 2), (130, 200), 16),
         ([0, 0], (4, 2), (32, 32), 16),
     ],
     ids=lambda value: "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value),
