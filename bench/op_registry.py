@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -105,10 +105,11 @@ TINY = Sizes(
 class Work:
     """One thing to check and to time. The functions take nothing and return the tensors they wrote.
 
-    ours: the op, dispatched. plain: the fastest plain torch we know of for the same result. truth: the definition on the same
-    values in fp32. Each is called once on untouched inputs for the check; `ours` and `plain` many times afterwards.
+    ours: the op, dispatched. plain: plain torch for the same result, and how far its rounding goes. truth: the definition on
+    the same values. Each is called once on untouched inputs for the check; the others many times afterwards.
     amount: the least one call can do, FLOPs or bytes (every input read once, every result written once).
     tolerance: None for the rounding rule of `bench.gate`, 0 for equality, else a share of the largest true value.
+    others: more formulations in plain torch by name; the fastest of all is what ours is compared with.
     """
 
     ours: Callable[[], Results]
@@ -117,6 +118,11 @@ class Work:
     amount: float
     unit: Literal["byte", "flop"]
     tolerance: float | None = None
+    plain_name: str = ""
+    others: Mapping[str, Callable[[], Results]] = field(default_factory=dict)
+
+    def contenders(self) -> dict[str, Callable[[], Results]]:
+        return {self.plain_name: self.plain, **self.others}
 
 
 @dataclass(frozen=True)

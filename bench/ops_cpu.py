@@ -19,11 +19,12 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-import bench.op_cases  # noqa: F401  (registers its rows)
-import bench.op_cases_dense  # noqa: F401  (registers its rows)
+import bench.op_cases  # noqa: F401  (these three register their rows)
+import bench.op_cases_dense  # noqa: F401
+import bench.op_cases_select  # noqa: F401
 from bench.gate import judge
 from bench.op_registry import DTYPES, REGISTRY, TINY, Case, sizes
-from bench.op_report import Outcome, markdown, terminal
+from bench.op_report import OURS, Outcome, markdown, terminal
 from bench.timing import (
     CacheFlush,
     Clock,
@@ -36,7 +37,7 @@ from bench.timing import (
 from glimpse_kernels import _ext, dispatch
 
 SHAPE_NAMES = ("mid", "3b")
-CASE_SECONDS = 4.0
+CASE_SECONDS = 3.0
 
 
 def measure(case: Case, now: Clock, repeats: int, seconds: float, flush: CacheFlush | None) -> Outcome:
@@ -45,7 +46,8 @@ def measure(case: Case, now: Clock, repeats: int, seconds: float, flush: CacheFl
     verdict = judge(work, case.dtype)
     if verdict.fault:
         return Outcome(case, verdict)
-    samples = interleaved(work.ours, work.plain, now=now, repeats=repeats, seconds=seconds, before=flush)
+    contenders = {OURS: work.ours, **work.contenders()}
+    samples = interleaved(contenders, now=now, repeats=repeats, seconds=seconds, before=flush)
     return Outcome(case, verdict, samples, work.amount, work.unit)
 
 

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,44 +25,38 @@ def clock(cpu_time: bool) -> Clock:
     return time.thread_time if cpu_time else time.perf_counter
 
 
-@dataclass(frozen=True)
-class Samples:
-    """Seconds per call of both contenders, one entry a round."""
-
-    ours: list[float]
-    plain: list[float]
-
-
 def interleaved(
-    ours: Callable[[], object],
-    plain: Callable[[], object],
+    contenders: Mapping[str, Callable[[], object]],
     *,
     now: Clock,
     repeats: int,
     seconds: float,
     before: Callable[[], None] | None = None,
-) -> Samples:
-    """Time two functions in alternation, so that both meet the same disturbances; who goes first changes every round.
+) -> dict[str, list[float]]:
+    """Time functions in alternation, so that all meet the same disturbances; who goes first changes every round.
 
     before: called ahead of every single call, untimed (`CacheFlush`); without it a sample repeats short calls.
     Stops after `repeats` rounds, or when `seconds` have passed and there are `FEWEST_SAMPLES` of them.
+
+    Returns seconds per call by name, one entry a round.
     """
-    contenders = (ours, plain)
-    calls = [1 if before else _calls_per_sample(f, now) for f in contenders]
-    samples: tuple[list[float], list[float]] = ([], [])
+    names = list(contenders)
+    calls = {name: 1 if before else _calls_per_sample(f, now) for name, f in contenders.items()}
+    samples: dict[str, list[float]] = {name: [] for name in names}
     started = time.perf_counter()
     for number in range(repeats):
         if number >= FEWEST_SAMPLES and time.perf_counter() - started > seconds:
             break
-        for which in (0, 1) if number % 2 == 0 else (1, 0):
-            function, count = contenders[which], calls[which]
+        first = number % len(names)
+        for name in names[first:] + names[:first]:
+            function, count = contenders[name], calls[name]
             if before:
                 before()
             began = now()
             for _ in range(count):
                 function()
-            samples[which].append((now() - began) / count)
-    return Samples(*samples)
+            samples[name].append((now() - began) / count)
+    return samples
 
 
 def _calls_per_sample(function: Callable[[], object], now: Clock) -> int:
@@ -115,22 +109,23 @@ def ceilings(dtypes: list[torch.dtype], now: Clock, *, quick: bool = False) -> C
     floats = (1 << 20 if quick else 8 * cache_bytes()) // 4
     edge, repeats = (128, 2) if quick else (1536, 7)
     buffer = torch.ones(floats)
-    read = 4 * floats / min(_seconds(lambda: buffer.sum(), now, repeats))
+    read = 4 * floats / _shortest(lambda: buffer.sum(), now, repeats)
     rates = {}
     for dtype in dtypes:
         a, b = (torch.randn(edge, edge).to(dtype) for _ in range(2))
-        rates[dtype] = 2 * edge**3 / min(_seconds(lambda a=a, b=b: a @ b, now, repeats))  # type: ignore[misc]
+        rates[dtype] = 2 * edge**3 / _shortest(lambda a=a, b=b: a @ b, now, repeats)  # type: ignore[misc]
     return Ceilings(read, rates)
 
 
-def _seconds(function: Callable[[], object], now: Clock, repeats: int) -> list[float]:
+def _shortest(function: Callable[[], object], now: Clock, repeats: int) -> float:
+    """Seconds of the quickest of a few calls, after one to warm up."""
     function()
     lasted = []
     for _ in range(repeats):
         began = now()
         function()
         lasted.append(now() - began)
-    return lasted
+    return min(lasted)
 
 
 def machine() -> dict[str, object]:

@@ -71,7 +71,7 @@ def glimpse_settings(shape: ModelShape) -> dict[str, Any]:
         "use_ref_masks": False,
         "use_zero_masks": False,
         "reduce_layer": shape.reduce_layer,
-        "anchor_positions": [],
+        "anchor_positions": ["tl", "tr", "bl", "br"],
         "min_remain_num": 1,
         "max_remain_ratio": None,
     }

@@ -49,10 +49,20 @@ class BaseTrainer:
 
     @property
     def total(self) -> int:
-        return sum(stage.steps for stage in self.run.stages)
+        return self.run.main_steps + self.run.drop_steps
+
+    def rate(self) -> float:
+        """Learning rate of the next step, as a share of the base rate."""
+        run = self.run
+        if self.step < run.main_steps:
+            return wsd(self.step, run.main_steps, run.warmup, run.decay_steps)
+        return run.drop_rate * (self.total - self.step) / run.drop_steps
 
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, float], Output]:
-        out = self.forward(batch, self.prefix_ids)
+        keep_after = None
+        if self.step >= self.run.main_steps:
+            keep_after = (self.run.drop_layer, needless_dropped(batch, self.run.drop_share, self.run.seed + self.step))
+        out = self.forward(batch, self.prefix_ids, keep_after=keep_after)
         answer = F.cross_entropy(out.logits, out.labels)
         first, second = (out.qkv[i] for i in self.run.point_layers)
         region = pointing_loss(first[0], first[1], batch.region, 0)
@@ -65,7 +75,7 @@ class BaseTrainer:
         return loss, {k: v.item() for k, v in parts.items()}, out
 
     def train_step(self, batch: Batch) -> dict[str, float]:
-        set_rate(self.optimizers, wsd(self.step, self.total, self.run.warmup, self.run.decay_steps))
+        set_rate(self.optimizers, self.rate())
         loss, parts, _ = self.losses(batch)
         loss.backward()
         torch.nn.utils.clip_grad_norm_([*self.model.parameters(), *self.heads.parameters()], 1.0)
@@ -76,8 +86,9 @@ class BaseTrainer:
         return parts
 
     def schedule(self) -> Schedule:
-        stages = [(s.steps, s.sizes) for s in self.run.stages]
         run = self.run
+        stages = [(s.steps, s.sizes) for s in run.stages]
+        stages.append((run.drop_steps, run.stages[-1].sizes))
         return Schedule(
             self.tokenizer, run.seed, stages, run.tokens, run.text_length, run.short_until, run.more_patches
         )
@@ -96,6 +107,20 @@ class BaseTrainer:
         self.heads.load_state_dict(state["heads"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
+
+
+def needless_dropped(batch: Batch, share: float, seed: int) -> Tensor:
+    """Keep masks [B, T, N], one a question: for ``share`` of them the answer's cells and a random few others, else all."""
+    generator = torch.Generator().manual_seed(seed)
+    device = batch.ids.device
+    keep = torch.ones_like(batch.region)
+    for b in range(len(batch.ids)):
+        needed = batch.region[b][batch.last[b]]
+        density = 0.1 * torch.rand(len(needed), 1, generator=generator) ** 2
+        others = torch.rand(needed.shape, generator=generator) < density
+        whole = torch.rand(len(needed), 1, generator=generator) >= share
+        keep[b] = (needed | (others | whole).to(device))[batch.block[b].clamp(min=0)]
+    return keep
 
 
 def right_blocks(logits: Tensor, labels: Tensor, where: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -84,11 +84,18 @@ _ALL = {
 
 @dataclass(frozen=True)
 class BaseRun:
-    """Settings of base training. A batch has about ``tokens`` image + text positions, whatever the picture size."""
+    """Settings of base training.
+
+    After the stages come ``drop_steps`` more, at a learning rate that falls from ``drop_rate`` of the base rate to zero, in
+    which ``drop_share`` of the questions lose, after ``drop_layer``, image tokens that their answers do not need. A batch has about ``tokens`` image + text positions, whatever the picture size."""
 
     seed: int = 1
     stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1450, _ALL))
     decay_steps: int = 850
+    drop_steps: int = 110
+    drop_rate: float = 0.2
+    drop_share: float = 0.6
+    drop_layer: int = 5
     tokens: int = 6400
     text_length: int = 160
     more_patches: int = 5800
@@ -104,13 +111,17 @@ class BaseRun:
     eval_every: int = 200
     eval_batches: int = 4
 
+    @property
+    def main_steps(self) -> int:
+        return sum(stage.steps for stage in self.stages)
+
 
 @dataclass(frozen=True)
 class ModulesRun:
     """Settings of the glimpse modules' training, base frozen."""
 
     seed: int = 2
-    steps: int = 450
+    steps: int = 550
     decay_steps: int = 250
     tokens: int = 3600
     text_length: int = 160

@@ -15,8 +15,9 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bench import ops_cpu, timing
-from bench.gate import judge
+from bench.gate import Verdict, judge
 from bench.op_registry import REGISTRY, TINY, Work, sizes
+from bench.op_report import Outcome
 from glimpse_kernels import dispatch
 
 FIGURES = {"ours_s", "torch_s", "ratio", "rate", "share_of_ceiling", "samples"}
@@ -142,23 +143,30 @@ def test_rows_are_unique_and_sizes_come_from_the_shapes() -> None:
     assert len(once) == 1
 
 
-def test_interleaving_alternates_who_goes_first() -> None:
+def test_interleaving_rotates_who_goes_first() -> None:
     calls: list[str] = []
+    contenders = {name: (lambda name=name: calls.append(name)) for name in "abc"}
     samples = timing.interleaved(
-        lambda: calls.append("o"), lambda: calls.append("p"), now=timing.clock(False), repeats=3, seconds=9.0,
-        before=lambda: calls.append("-"),
-    )  # fmt: skip
-    assert "".join(calls) == "-o-p-p-o-o-p"
-    assert len(samples.ours) == len(samples.plain) == 3
+        contenders, now=timing.clock(False), repeats=4, seconds=9.0, before=lambda: calls.append("-")
+    )
+    assert "".join(calls) == "-a-b-c-b-c-a-c-a-b-a-b-c"
+    assert [len(times) for times in samples.values()] == [4, 4, 4]
 
 
 def test_short_calls_are_repeated_within_a_sample() -> None:
     time = iter(range(10**6))
     samples = timing.interleaved(
-        lambda: None, lambda: None, now=lambda: next(time) * 2**-12, repeats=2, seconds=9.0
+        {"a": lambda: None, "b": lambda: None}, now=lambda: next(time) * 2**-12, repeats=2, seconds=9.0
     )
     # The clock ticks 0.24 ms a look: two calls fill a sample of 0.4 ms and share the tick that passes.
-    assert samples.ours == samples.plain == [2**-13, 2**-13]
+    assert samples == {"a": [2**-13, 2**-13], "b": [2**-13, 2**-13]}
+
+
+def test_the_fastest_plain_torch_is_the_yardstick() -> None:
+    case = next(REGISTRY.cases(["swiglu"], [TINY], [torch.float32]))
+    samples = {"ours": [2.0, 2.0, 9.0], "slow": [8.0, 1.0, 8.0], "fast": [3.0, 3.0, 3.0]}
+    row = Outcome(case, Verdict(0.0, 0.0), samples, 60.0, "byte").record(timing.Ceilings(40.0, {}))
+    assert (row["torch_by"], row["ratio"], row["rate"], row["share_of_ceiling"]) == ("fast", 1.5, 30.0, 0.75)
 
 
 def test_bad_arguments() -> None:
