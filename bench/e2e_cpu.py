@@ -6,9 +6,10 @@ python -m bench.e2e_cpu --shape mid --pixels 896
 
 from __future__ import annotations
 
+import gc
 import json
+import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def main(
         raise typer.BadParameter(f"shape: one of {', '.join(SHAPES)}; dtype: one of {', '.join(DTYPES)}")
     if threads:
         torch.set_num_threads(threads)
+    load = os.getloadavg()[0]  # another busy process makes every figure worthless
     console = Console(stderr=only is not None, width=None if sys.stdout.isatty() else 130)
     with tempfile.TemporaryDirectory() as folder:
         modules = write_modules(shape, Path(folder) / "modules")
@@ -113,11 +115,12 @@ def main(
                 del hf
                 hf = None
             engine = glimpse.GlimpseModel.from_pretrained(Path(folder) / "base", modules, dtype=DTYPES[dtype])
-    if only:  # child process: one request, then the peak
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if only:  # child process: one request, then its peak
+        gc.collect()
+        loaded = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # forget the peak of loading
         run_once(only, hf, engine, question(shape, pixels), new_tokens, ratio)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        print(json.dumps({"peak_gib": peak / 2**20, "loaded_gib": before / 2**20}))
+        print(json.dumps({"peak_gib": _resident("VmHWM"), "loaded_gib": loaded}))
         return
     runs: dict[str, list[dict]] = {c: [] for c in CONTENDERS}
     for repeat in track(range(-1, repeats), description=f"{shape} {pixels}px {dtype}", console=console):
@@ -140,13 +143,24 @@ def main(
             medians[contender] |= json.loads(done.stdout.strip().splitlines()[-1])
     console.print(_table(shape, pixels, dtype, medians))
     if output:
-        facts = {"machine": platform.processor() or platform.machine(), "threads": torch.get_num_threads()}
+        facts = {"machine": _processor(), "threads": torch.get_num_threads(), "load_before": load}
         versions = {"torch": torch.__version__, "transformers": transformers.__version__}
         setting = {"shape": shape, "pixels": pixels, "dtype": dtype, "ratio": ratio, "new_tokens": new_tokens}
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(
             json.dumps({**facts, **versions, **setting, "median": medians, "runs": runs}, indent=2)
         )
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _resident(field: str) -> float:
+    """GiB of a memory field of /proc/self/status."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) / 2**20
 
 
 def _table(shape: str, pixels: int, dtype: str, medians: dict[str, dict]) -> Table:

@@ -99,7 +99,7 @@ class Ceilings:
     gemm: dict[torch.dtype, float]
 
     def better(self, other: Ceilings) -> Ceilings:
-        """The higher of two measurements (taken before and after the ops: other work disturbs, nothing helps)."""
+        """The higher of two measurements (taken throughout a run: other work disturbs, nothing helps)."""
         gemm = {dtype: max(rate, other.gemm[dtype]) for dtype, rate in self.gemm.items()}
         return Ceilings(max(self.read, other.read), gemm)
 

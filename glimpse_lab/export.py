@@ -45,6 +45,7 @@ def export_base(
     def write(part: Path) -> None:
         model.save_pretrained(part)
         save_processor_files(tokenizer, part)
+        (part / "model.safetensors").chmod(0o644)
 
     replace_folder(folder, write)
 
@@ -71,7 +72,7 @@ def glimpse_settings(shape: ModelShape) -> dict[str, Any]:
         "use_ref_masks": False,
         "use_zero_masks": False,
         "reduce_layer": shape.reduce_layer,
-        "anchor_positions": ["tl", "tr", "bl", "br"],
+        "anchor_positions": [],
         "min_remain_num": 1,
         "max_remain_ratio": None,
     }

@@ -61,7 +61,10 @@ class BaseTrainer:
     def losses(self, batch: Batch) -> tuple[Tensor, dict[str, float], Output]:
         keep_after = None
         if self.step >= self.run.main_steps:
-            keep_after = (self.run.drop_layer, needless_dropped(batch, self.run.drop_share, self.run.seed + self.step))
+            keep_after = (
+                self.run.drop_layer,
+                needless_dropped(batch, self.run.drop_share, self.run.seed + self.step),
+            )
         out = self.forward(batch, self.prefix_ids, keep_after=keep_after)
         answer = F.cross_entropy(out.logits, out.labels)
         first, second = (out.qkv[i] for i in self.run.point_layers)
@@ -217,17 +220,19 @@ def train_base(
 
 
 def tiny_run() -> tuple[ModelShape, BaseRun]:
-    """Settings small enough for a test: two text layers' worth of seconds, not a useful model."""
+    """Settings that run in a second or two, for tests; no useful model comes out."""
     shape = ModelShape(hidden=64, layers=4, heads=2, kv_heads=1, mlp=96, vision_hidden=64, vision_layers=4, vision_heads=2,
                        vision_mlp=64, reduce_layer=1, fuse_size=32, cond_size=32)  # fmt: skip
     run = BaseRun(
         tokens=700,
         text_length=64,
         more_patches=400,
+        drop_steps=1,
+        drop_layer=1,
         point_layers=(1, 2),
         warmup=2,
         decay_steps=2,
         save_every=2,
         eval_every=10**9,
     )
-    return shape, replace(run, stages=(Stage(4, {(168, 168): 1.0}),))
+    return shape, replace(run, stages=(Stage(3, {(168, 168): 1.0}),))

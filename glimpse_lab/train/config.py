@@ -86,8 +86,11 @@ _ALL = {
 class BaseRun:
     """Settings of base training.
 
-    After the stages come ``drop_steps`` more, at a learning rate that falls from ``drop_rate`` of the base rate to zero, in
-    which ``drop_share`` of the questions lose, after ``drop_layer``, image tokens that their answers do not need. A batch has about ``tokens`` image + text positions, whatever the picture size."""
+    The stages come first, on one warm-up, constant, linear-decay schedule. Then ``drop_steps`` more, at a rate that falls
+    from ``drop_rate`` of the base rate to zero, in which ``drop_share`` of the questions lose, after ``drop_layer``, image
+    tokens that their answers do not need: without it the model uses empty background as a place to rest its attention
+    and misses it once it is pruned. A batch has about ``tokens`` image + text positions, whatever the picture size.
+    """
 
     seed: int = 1
     stages: tuple[Stage, ...] = (Stage(400, _SMALL), Stage(1450, _ALL))
