@@ -59,7 +59,8 @@ def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.devic
             files.update({key: opened for key in opened.keys()})
 
         def read(key: str) -> torch.Tensor:
-            return files[key].get_tensor(key).to(dtype=wanted, device=device)
+            # A copy, or every tensor would keep the whole mapped file resident beside the fused weights.
+            return files[key].get_tensor(key).to(dtype=wanted, device=device, copy=True)
 
         return _build(
             WeightReader(files.keys(), read, fuse=True), config, _generation_config(path, hf_config)

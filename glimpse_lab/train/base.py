@@ -8,7 +8,6 @@ layers against the cells that answer (the whole answer's at the glimpse layer, t
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
 from glimpse_lab.tokens import build_tokenizer
-from glimpse_lab.train import checkpoint
 from glimpse_lab.train.config import BaseRun, ModelShape, Stage
 from glimpse_lab.train.data import TASK_NAMES, Batch, Encoder, Schedule, make_batch
+from glimpse_lab.train.loop import train_loop
 from glimpse_lab.train.model import CellHeads, Forward, Output, new_model, pointing_loss
 from glimpse_lab.train.optim import make_optimizers, set_rate, wsd
 from glimpse_lab.world import HELD_OUT_SEED
@@ -165,10 +163,6 @@ def validate(
     return {name: sum(v) / len(v) for name, v in hits.items()}
 
 
-def format_scores(scores: dict[str, float]) -> str:
-    return " ".join(f"{k}={100 * v:.1f}" for k, v in scores.items())
-
-
 def train_base(
     shape: ModelShape,
     run: BaseRun,
@@ -179,43 +173,19 @@ def train_base(
     workers: int = 1,
 ) -> BaseTrainer:
     """Trains or resumes in ``folder`` (``base.pt``, ``base.log``); returns the trainer at its last step."""
-    torch.set_num_threads(max(1, torch.get_num_threads()))
     trainer = BaseTrainer(shape, run, device, compiled)
-    path = folder / "base.pt"
-    if (state := checkpoint.load(path)) is not None:
-        trainer.load_state_dict(state)
-    schedule = trainer.schedule()
-    loader = torch.utils.data.DataLoader(
-        schedule, batch_size=None, sampler=range(trainer.step, trainer.total), num_workers=workers,
-        prefetch_factor=4 if workers else None,
+
+    def evaluate() -> dict[str, float]:
+        sizes = sorted(run.stages[0].sizes if trainer.step < run.stages[0].steps else run.stages[-1].sizes)
+        if run.eval_batches and trainer.step != trainer.total:
+            sizes = sizes[:: max(1, len(sizes) // run.eval_batches)]
+        forward = trainer.forward
+        return validate(lambda b: forward(b, trainer.prefix_ids), trainer.encoder, sizes, 16, device)
+
+    train_loop(
+        trainer, "base", trainer.total, folder, device, evaluate=evaluate, eval_every=run.eval_every,
+        save_every=run.save_every, log_every=20, smoothing=0.97, workers=workers,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    log = (folder / "base.log").open("a")
-    bar = tqdm(total=trainer.total, initial=trainer.step, desc="base", mininterval=5)
-    mean: dict[str, float] = {}
-    started = time.monotonic()
-    for batch in loader:
-        parts = trainer.train_step(batch.to(device))
-        mean = {k: 0.97 * mean.get(k, v) + 0.03 * v for k, v in parts.items()}
-        bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
-        bar.update()
-        if trainer.step % 20 == 0:
-            shown = " ".join(f"{k}={v:.3f}" for k, v in mean.items())
-            print(f"step {trainer.step} {shown} t={time.monotonic() - started:.0f}", file=log, flush=True)
-        if trainer.step % run.save_every == 0 or trainer.step == trainer.total:
-            checkpoint.save(path, trainer.state_dict())
-        if trainer.step % run.eval_every == 0 or trainer.step == trainer.total:
-            sizes = sorted(
-                run.stages[0].sizes if trainer.step < run.stages[0].steps else run.stages[-1].sizes
-            )
-            if run.eval_batches and trainer.step != trainer.total:
-                sizes = sizes[:: max(1, len(sizes) // run.eval_batches)]
-            scores = validate(
-                lambda b: trainer.forward(b, trainer.prefix_ids), trainer.encoder, sizes, 16, device
-            )
-            print(f"eval {trainer.step} {format_scores(scores)}", file=log, flush=True)
-    bar.close()
-    log.close()
     return trainer
 
 

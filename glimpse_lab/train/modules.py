@@ -8,21 +8,19 @@ gone by then, so they have nothing to teach).
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from tqdm import tqdm
 
 from glimpse_lab.tokens import build_tokenizer
-from glimpse_lab.train import checkpoint
-from glimpse_lab.train.base import format_scores, right_blocks
+from glimpse_lab.train.base import right_blocks
 from glimpse_lab.train.config import ModelShape, ModulesRun
 from glimpse_lab.train.data import TASK_NAMES, Batch, Encoder, Schedule, make_batch
 from glimpse_lab.train.glimpse import GlimpseModules, glimpse_rows
+from glimpse_lab.train.loop import train_loop
 from glimpse_lab.train.model import Forward, new_model
 from glimpse_lab.train.optim import make_optimizers, set_rate, wsd
 from glimpse_lab.world import HELD_OUT_SEED
@@ -162,31 +160,12 @@ def train_modules(
 ) -> ModulesTrainer:
     """Trains or resumes in ``folder`` (``modules.pt``, ``modules.log``); returns the trainer at its last step."""
     trainer = ModulesTrainer(shape, run, base, device, compiled)
-    path = folder / "modules.pt"
-    if (state := checkpoint.load(path)) is not None:
-        trainer.load_state_dict(state)
-    loader = torch.utils.data.DataLoader(
-        trainer.schedule(), batch_size=None, sampler=range(trainer.step, run.steps), num_workers=workers,
-        prefetch_factor=4 if workers else None,
+
+    def evaluate() -> dict[str, float]:
+        return validate_modules(trainer, sorted(run.sizes)[:: 1 if trainer.step == run.steps else 3], 8)
+
+    train_loop(
+        trainer, "modules", run.steps, folder, device, evaluate=evaluate, eval_every=run.eval_every,
+        save_every=run.save_every, log_every=10, smoothing=0.95, workers=workers,
     )  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    log = (folder / "modules.log").open("a")
-    bar = tqdm(total=run.steps, initial=trainer.step, desc="modules", mininterval=5)
-    mean: dict[str, float] = {}
-    started = time.monotonic()
-    for batch in loader:
-        parts = trainer.train_step(batch.to(device))
-        mean = {k: 0.95 * mean.get(k, v) + 0.05 * v for k, v in parts.items()}
-        bar.set_postfix({k: f"{v:.3f}" for k, v in mean.items()}, refresh=False)
-        bar.update()
-        if trainer.step % 10 == 0:
-            shown = " ".join(f"{k}={v:.3f}" for k, v in mean.items())
-            print(f"step {trainer.step} {shown} t={time.monotonic() - started:.0f}", file=log, flush=True)
-        if trainer.step % run.save_every == 0 or trainer.step == run.steps:
-            checkpoint.save(path, trainer.state_dict())
-        if trainer.step % run.eval_every == 0 or trainer.step == run.steps:
-            scores = validate_modules(trainer, sorted(run.sizes)[:: 1 if trainer.step == run.steps else 3], 8)
-            print(f"eval {trainer.step} {format_scores(scores)}", file=log, flush=True)
-    bar.close()
-    log.close()
     return trainer
