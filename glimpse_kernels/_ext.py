@@ -8,8 +8,21 @@ at import time.
 from __future__ import annotations
 
 import importlib
+import os
 from functools import lru_cache
 from types import ModuleType
+
+ISAS: tuple[str, ...] = ("avx512bf16", "avx512", "avx2", "baseline")
+"""Instruction sets the extension may be compiled for, best first."""
+
+
+def _check_environment() -> None:
+    name = os.environ.get("GLIMPSE_CPU_ISA", "auto").strip().lower() or "auto"
+    if name not in ("auto", *ISAS):
+        raise ValueError(f"GLIMPSE_CPU_ISA: expected one of auto, {', '.join(ISAS)}; found {name!r}")
+
+
+_check_environment()
 
 
 @lru_cache(maxsize=1)
@@ -17,6 +30,9 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("glimpse_kernels._C"), ""
     except ImportError as error:
+        # a wish that this machine cannot serve is no missing extension
+        if str(error).startswith("GLIMPSE_CPU_ISA"):
+            raise ValueError(str(error)) from error
         return None, str(error)
 
 

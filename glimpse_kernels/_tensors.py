@@ -26,6 +26,18 @@ def expect_tensor(op: str, name: str, t: object) -> Tensor:
     return t
 
 
+def expect_tensors(op: str, **tensors: object) -> None:
+    """TypeError unless all of these are tensors."""
+    for name, t in tensors.items():
+        expect_tensor(op, name, t)
+
+
+def expect_head_dim(op: str, q: Tensor) -> None:
+    """ValueError unless the heads of `q [T, Hq, D]` have at least one dimension."""
+    if q.shape[-1] < 1:
+        raise ValueError(f"{op}: q: expected a head dimension D of at least 1, found {describe(q)}")
+
+
 def expect_shape(op: str, name: str, t: Tensor, shape: Sequence[int | None], text: str = "") -> None:
     """ValueError unless `t` has this shape. None accepts any size; `text` is the shape in words, e.g. "[T, Hq, D]"."""
     found = t.shape

@@ -51,7 +51,7 @@ void write_rows(const glimpse_attention_params& p, const Plan& plan, const Rows&
       write_row(out, rows.result + r * rows.columns, p.v_dim, 1.0f / total);
     if (p.lse != nullptr)
       p.lse[row * p.q_heads + head] =
-          total == 0.0f ? -__builtin_inff() : (rows.top[r] + __builtin_log2f(total)) * kLn2;
+          total == 0.0f ? -__builtin_inff() : (rows.top[r] * plan.scale.factor + __builtin_log2f(total)) * kLn2;
   }
 }
 
@@ -134,13 +134,14 @@ glimpse_status run(const glimpse_attention_params& p) {
   }
   write_nothing<T>(p, 0, p.cu_q[0]);
   write_nothing<T>(p, p.cu_q[p.segments], p.q_rows);
-  bool short_of_memory = false;
+  bool short_of_memory = false;  // only ever set to true, by whichever thread
   parallel_for(plan.block_starts[p.segments] * p.kv_heads, [&](int64_t task) {
     const int64_t index = task / p.kv_heads;
     const int64_t segment = find_segment(plan.block_starts, p.segments, index);
     // the last blocks of a causal segment see the most keys: they go first
     const int64_t block = plan.block_starts[segment + 1] - 1 - index;
-    if (!run_task<T>(p, plan, segment, block, task % p.kv_heads)) short_of_memory = true;
+    if (!run_task<T>(p, plan, segment, block, task % p.kv_heads))
+      __atomic_store_n(&short_of_memory, true, __ATOMIC_RELAXED);
   });
   free(plan.block_starts);
   return short_of_memory ? fail(GLIMPSE_OUT_OF_MEMORY, "attention: no scratch memory") : GLIMPSE_OK;
@@ -164,6 +165,7 @@ glimpse_status attention(const glimpse_attention_params& p) {
   glimpse_status status = check_bounds("cu_seqlens_q", p.cu_q, p.segments, p.q_rows);
   if (status == GLIMPSE_OK) status = check_bounds("cu_seqlens_k", p.cu_k, p.segments, p.k_rows);
   if (status != GLIMPSE_OK) return status;
+  if (p.q_heads == 0 || (p.v_dim == 0 && p.lse == nullptr)) return GLIMPSE_OK;  // nothing to write
   return p.dtype == GLIMPSE_BFLOAT16 ? run<bf16>(p) : run<float>(p);
 }
 

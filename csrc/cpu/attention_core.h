@@ -329,7 +329,7 @@ struct Rows {
   float* query;    // [count][query_cells]
   float* result;   // [count][columns], not yet divided by the sum
   float* sum;      // [count][kLanes], lane sums of the weights
-  float* top;      // [count], largest logit so far times log2(e)
+  float* top;      // [count], largest logit so far, before the factor; NaN does not count
   float* keep;     // [count], factor of the last rescaling
   int32_t* limit;  // [count], number of keys the row sees
   bool* started;   // [count]: for the first row of a tile, whether the tile's results hold anything (then all of them do)
@@ -386,22 +386,23 @@ GLIMPSE_INLINE void softmax_tile(Rows& rows, int64_t first, int height, const fl
       if (masked && j >= vectors) break;
       x[j] = load(row + j * kLanes);
       if (masked) x[j] = select(lane_index() + splat_i(j * kLanes) < splat_i(seen), x[j], splat(-__builtin_inff()));
-      best = vmax(best, x[j]);
+      best = vmax(x[j], best);  // in this order a NaN is passed over; it reaches the sum through its weight
     }
     const float before = rows.top[first + i];
-    const float here = hmax(best) * factor;
+    const float here = hmax(best);
     float top = here > before ? here : before;
     rows.top[first + i] = top;
-    const float keep = before == top ? 1.0f : before == -__builtin_inff() ? 0.0f : __builtin_exp2f(before - top);
+    const float keep = before == top ? 1.0f : before == -__builtin_inff() ? 0.0f : __builtin_exp2f((before - top) * factor);
     rows.keep[first + i] = keep;
-    if (masked && top == -__builtin_inff()) top = 0.0f;  // nothing seen yet: all weights are exp2(-inf)
+    if (top == -__builtin_inff()) top = 0.0f;  // only -inf so far: all weights are exp2(-inf)
     vf total = load(rows.sum + (first + i) * kLanes) * keep;
-    const vf shift = splat(-top), scale = splat(factor);
+    // The difference comes first: it is exactly 0 for the largest logit, however large that is.
+    const vf shift = splat(top), scale = splat(factor);
     float* to = weights + i * weights_stride;
 #pragma GCC unroll 16
     for (int j = 0; j < kKeyVectors; ++j) {
       if (masked && j >= vectors) break;
-      const vf w = weight_exp2<kPairs<T>>(fma(x[j], scale, shift));
+      const vf w = weight_exp2<kPairs<T>>((x[j] - shift) * scale);
       total = total + w;
       if constexpr (kPairs<T>)
         store_weights_bf16(to, j, w);
@@ -446,9 +447,9 @@ void attend(Rows& rows, const float* keys, const float* values, int64_t key, int
   }
 }
 
-// Sum of the weights of row r; 0 only if it has seen no key (the largest weight is 1).
+// Sum of the weights of row r; 0 only if it has seen no key, or logits of -inf only (the largest weight is 1).
 GLIMPSE_INLINE float weight_sum(const Rows& rows, int64_t r) {
-  return rows.top[r] == -__builtin_inff() ? 0.0f : hsum(load(rows.sum + r * kLanes));
+  return hsum(load(rows.sum + r * kLanes));
 }
 
 // out[0 .. v_dim) = result row * factor, rounded to T.

@@ -29,21 +29,6 @@ struct Plan {
 
 // ---- one or two query rows: no packing -----------------------------------------------------------------------------
 
-template <class A, class B>
-GLIMPSE_INLINE float dot(const A* a, const B* b, int64_t dim) {
-  vf sum[4] = {};
-  int64_t d = 0;
-  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sum[i] = fma(load(a + d + i * kLanes), load(b + d + i * kLanes), sum[i]);
-  }
-  for (; d < dim; d += kLanes) {
-    const int n = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
-    sum[0] = fma(load_n(a + d, n), load_n(b + d, n), sum[0]);
-  }
-  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
-}
-
 // result[0 .. vectors * kLanes) = keep * result + sum of weights[j] * rows[j][0 .. width)
 template <class T, int vectors>
 void add_values(const T* const* rows, int count, const float* weights, int64_t offset, int64_t width, float keep,
@@ -160,14 +145,14 @@ void join(const glimpse_decode_attention_params& p, const Plan& plan, int64_t ro
   float sum = 0.0f;
   for (int64_t chunk = 0; chunk < chunks; ++chunk) {
     const float* part = plan.part(row * p.q_heads + head, chunk);
-    const float factor = __builtin_exp2f(part[plan.columns] - shift);
+    const float factor = __builtin_exp2f((part[plan.columns] - shift) * plan.scale.factor);
     sum += part[plan.columns + 1] * factor;
     for (int64_t column = 0; column < plan.columns; column += kLanes) {
       const vf scaled = load(part + column) * factor;
       store(total + column, chunk == 0 ? scaled : load(total + column) + scaled);
     }
   }
-  write_row(out, total, p.v_dim, sum == 0.0f ? 0.0f : 1.0f / sum);
+  write_row(out, total, p.v_dim, 1.0f / sum);  // a row whose logits are all -inf has no softmax: NaN
 }
 
 template <class T>
@@ -182,7 +167,7 @@ glimpse_status run(const glimpse_decode_attention_params& p) {
   plan.scale = split_scale(p.scale);
   plan.part_size = plan.columns + kLanes;
   plan.parts = nullptr;
-  bool short_of_memory = false;
+  bool short_of_memory = false;  // only ever set to true, by whichever thread
   if (plan.chunks > 0) {
     const int64_t floats = p.batch * p.q_heads * plan.chunks * plan.part_size;
     plan.parts = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64))));
@@ -190,7 +175,8 @@ glimpse_status run(const glimpse_decode_attention_params& p) {
     parallel_for(p.batch * p.kv_heads * plan.chunks, [&](int64_t task) {
       // the heads of a chunk one after the other: their keys are neighbours in memory
       const int64_t kv_head = task % p.kv_heads, part = task / p.kv_heads;
-      if (!run_chunk<T>(p, plan, part / plan.chunks, kv_head, part % plan.chunks)) short_of_memory = true;
+      if (!run_chunk<T>(p, plan, part / plan.chunks, kv_head, part % plan.chunks))
+        __atomic_store_n(&short_of_memory, true, __ATOMIC_RELAXED);
     });
   }
   if (!short_of_memory) {
@@ -220,6 +206,7 @@ glimpse_status decode_attention(const glimpse_decode_attention_params& p) {
                     static_cast<long long>(row), static_cast<long long>(i), static_cast<long long>(p.blocks), block);
     }
   }
+  if (p.q_heads == 0 || p.v_dim == 0) return GLIMPSE_OK;  // nothing to write
   return p.dtype == GLIMPSE_BFLOAT16 ? run<bf16>(p) : run<float>(p);
 }
 

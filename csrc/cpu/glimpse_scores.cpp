@@ -8,21 +8,6 @@ namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
 template <class T>
-GLIMPSE_INLINE float dot(const T* a, const T* b, int64_t dim) {
-  vf sum0{}, sum1{};
-  int64_t d = 0;
-  for (; d + 2 * kLanes <= dim; d += 2 * kLanes) {
-    sum0 = fma(load(a + d), load(b + d), sum0);
-    sum1 = fma(load(a + d + kLanes), load(b + d + kLanes), sum1);
-  }
-  for (; d < dim; d += kLanes) {
-    const int n = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
-    sum0 = fma(load_n(a + d, n), load_n(b + d, n), sum0);
-  }
-  return hsum(sum0 + sum1);
-}
-
-template <class T>
 glimpse_status run(const glimpse_glimpse_scores_params& p) {
   const T* q = static_cast<const T*>(p.q);
   const T* k = static_cast<const T*>(p.k);

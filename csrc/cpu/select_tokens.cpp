@@ -103,7 +103,7 @@ bool select_group(const glimpse_select_tokens_params& p, int64_t group) {
   if (k > p.caps[group]) k = p.caps[group] > 0 ? p.caps[group] : 0;
   if (k < p.floors[group]) k = p.floors[group] < n ? p.floors[group] : n;
   if (k >= n || k == 0) {
-    memset(keep, k > 0, static_cast<size_t>(n));
+    if (n > 0) memset(keep, k > 0, static_cast<size_t>(n));
   } else if (k != above && !keep_best(logits, keep, n, k)) {
     return false;
   }
@@ -152,7 +152,7 @@ glimpse_status select_tokens(const glimpse_select_tokens_params& p) {
     return fail(GLIMPSE_OUT_OF_MEMORY, "select_tokens: no scratch memory for %lld tokens in %lld rows",
                 static_cast<long long>(p.tokens), static_cast<long long>(p.rows));
 
-  memcpy(stays, p.row_keep, static_cast<size_t>(p.rows));
+  if (p.rows > 0) memcpy(stays, p.row_keep, static_cast<size_t>(p.rows));
   for (int64_t i = 0; i < p.tokens; ++i) stays[p.token_rows[i]] |= p.keep[i];
   // Without a branch on whether a row stays: write it, and let the next one overwrite it if it does not.
   int64_t kept = 0, row = 0;

@@ -216,6 +216,22 @@ GLIMPSE_INLINE void store_n(bf16* p, vf x, int n) {
 #endif
 }
 
+// Sum of a[i] * b[i] in fp32, in four partial sums.
+template <class A, class B>
+GLIMPSE_INLINE float dot(const A* a, const B* b, int64_t dim) {
+  vf sum[4] = {};
+  int64_t d = 0;
+  for (; d + 4 * kLanes <= dim; d += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sum[i] = fma(load(a + d + i * kLanes), load(b + d + i * kLanes), sum[i]);
+  }
+  for (; d < dim; d += kLanes) {
+    const int n = static_cast<int>(smaller<int64_t>(kLanes, dim - d));
+    sum[0] = fma(load_n(a + d, n), load_n(b + d, n), sum[0]);
+  }
+  return hsum((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
 // ---- exponential ---------------------------------------------------------------------------------------------------
 
 GLIMPSE_INLINE vf round_even(vf x) {

@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // The module glimpse_kernels._C: one function per op (bind_<op>.cpp), and the switches of the library.
+#include <cctype>
 #include <cstdlib>
 #include <string>
 #include <vector>
@@ -24,6 +25,14 @@ void set_isa(const std::string& name) {
     default:
       throw py::value_error(glimpse_last_error());
   }
+}
+
+// Without spaces around it and in lower case, as environment variables are read everywhere in this package.
+std::string normalised(const char* text) {
+  std::string name;
+  for (const char* c = text; *c != '\0'; ++c) name += static_cast<char>(std::tolower(static_cast<unsigned char>(*c)));
+  const size_t begin = name.find_first_not_of(" \t\r\n");
+  return begin == std::string::npos ? "" : name.substr(begin, name.find_last_not_of(" \t\r\n") + 1 - begin);
 }
 
 std::vector<int64_t> thread_ids(int64_t tasks) {
@@ -55,7 +64,7 @@ PYBIND11_MODULE(_C, m) {
   const char* wanted = std::getenv("GLIMPSE_CPU_ISA");
   if (wanted != nullptr) {
     try {
-      set_isa(wanted);
+      set_isa(normalised(wanted));
     } catch (const std::exception& error) {
       throw py::import_error(std::string("GLIMPSE_CPU_ISA: ") + error.what());
     }

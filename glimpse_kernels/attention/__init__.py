@@ -83,11 +83,13 @@ def attention(
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
     op = "attention"
+    check.expect_tensors(op, q=q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k)
     if q.dim() != 3 or k.dim() != 3 or v.dim() != 3:
         raise ValueError(
             f"{op}: q, k, v: expected shapes [Tq, Hq, D], [Tk, Hkv, D], [Tk, Hkv, Dv], "
             f"found {check.describe(q)}, {check.describe(k)}, {check.describe(v)}"
         )
+    check.expect_head_dim(op, q)
     check.expect_shape(op, "k", k, (None, None, q.shape[2]), "[Tk, Hkv, D]")
     check.expect_shape(op, "v", v, (k.shape[0], k.shape[1], None), "[Tk, Hkv, Dv]")
     check.expect_dtype(op, "k", k, q.dtype)

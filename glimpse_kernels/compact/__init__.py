@@ -32,11 +32,13 @@ def compact(
         The layer and row strides are free; the two last dimensions must be contiguous.
     rows: pairs (src [T, ...], dst [at least M, ...]) of any dtype, equal within a pair.
 
-    Returns None. Source and destination must not overlap.
+    Returns None. Source and destination must not overlap. While autograd records, the definition serves: gradients flow from
+    the destinations to the sources as through any in-place operation of torch.
 
     Raises TypeError / ValueError for a wrong dtype / shape or an overlap, UnsupportedError if no backend serves the device.
     """
     op = "compact"
+    check.expect_tensors(op, index=index)
     check.expect_shape(op, "index", index, (None,), "[M]")
     check.expect_dtype(op, "index", index, torch.int32)
     check.expect_contiguous(op, "index", index)
@@ -77,7 +79,8 @@ def compact(
         check.expect_same_device(op, index.device, **{f"{name} src": src, f"{name} dst": dst})
     check.expect_same_device(op, index.device, slots=slots)
     dtype = k_src.dtype if k_src is not None else rows[0][0].dtype if rows else torch.int32
-    serve = dispatch.select(op, index.device, dtype)
+    grad = check.needs_grad(k_src, v_src, *(src for src, _ in rows))
+    serve = dispatch.select(op, index.device, dtype, grad=grad)
     serve(index, slots, k_src, v_src, k_dst, v_dst, rows)
 
 

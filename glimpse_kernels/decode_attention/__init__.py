@@ -37,7 +37,9 @@ def decode_attention(
     Returns [B, Hq, Dv]. Raises TypeError / ValueError / UnsupportedError.
     """
     op = "decode_attention"
+    check.expect_tensors(op, q=q, k_pool=k_pool, v_pool=v_pool, block_table=block_table, lengths=lengths)
     check.expect_shape(op, "q", q, (None, None, None), "[B, Hq, D]")
+    check.expect_head_dim(op, q)
     check.expect_shape(
         op, "k_pool", k_pool, (None, None, None, q.shape[2]), "[num_blocks, block_size, Hkv, D]"
     )

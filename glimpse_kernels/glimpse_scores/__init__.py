@@ -37,7 +37,9 @@ def glimpse_scores(
     Returns [N, Hq] float32. Raises TypeError / ValueError / UnsupportedError.
     """
     op = "glimpse_scores"
+    check.expect_tensors(op, q=q, k=k, token_index=token_index, token_seq=token_seq)
     check.expect_shape(op, "q", q, (None, None, None), "[B, Hq, D]")
+    check.expect_head_dim(op, q)
     check.expect_shape(op, "k", k, (None, None, q.shape[2]), "[T, Hkv, D]")
     check.expect_dtype(op, "k", k, q.dtype)
     if k.shape[1] == 0 or q.shape[1] % k.shape[1]:

@@ -28,6 +28,8 @@ def rms_norm(
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
     # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
+    if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
+        check.expect_tensors("rms_norm", x=x, weight=weight)
     if not (
         out is None
         and x.is_cpu

@@ -36,11 +36,13 @@ def rope(
         may overlap q, k or v.
     slots: [T] int32, row t goes to row slots[t] of k_out and v_out; -1: nowhere; no slot twice. None: row t goes to row t.
 
-    Returns None. Computed in fp32 and rounded once.
+    Returns None. Computed in fp32 and rounded once. While autograd records, the definition serves: gradients flow through
+    q, k_out and v_out as through any in-place operation of torch.
 
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
     op = "rope"
+    check.expect_tensors(op, q=q, cos=cos, sin=sin)
     check.expect_shape(op, "q", q, (None, None, None), "[T, Hq, D]")
     t, _, d = q.shape
     if d % 2:
@@ -73,7 +75,7 @@ def rope(
             check.expect_contiguous(op, "slots", slots)
     check.expect_last_contiguous(op, q=q, k=k, v=v, cos=cos, sin=sin, k_out=k_out, v_out=v_out)
     check.expect_same_device(op, q.device, k=k, v=v, cos=cos, sin=sin, k_out=k_out, v_out=v_out, slots=slots)
-    serve = dispatch.select(op, q.device, q.dtype)
+    serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k, v, cos, sin))
     serve(q, k, cos, sin, v=v, k_out=k_out, v_out=v_out, slots=slots)
 
 

@@ -51,6 +51,7 @@ def select_tokens(
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the device.
     """
     op = "select_tokens"
+    check.expect_tensors(op, logits=logits, cu_groups=cu_groups, cu_seqlens=cu_seqlens)
     check.expect_shape(op, "logits", logits, (None,), "[N]")
     check.expect_dtype(op, "logits", logits, torch.float32)
     check.expect_cu_seqlens(op, "cu_groups", cu_groups)

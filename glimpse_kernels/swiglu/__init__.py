@@ -22,6 +22,8 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
     # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
+    if not (isinstance(gate, Tensor) and isinstance(up, Tensor)):
+        check.expect_tensors("swiglu", gate=gate, up=up)
     if not (
         out is None
         and gate.is_cpu

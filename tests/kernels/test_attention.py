@@ -199,7 +199,9 @@ def test_segment_alone_equals_segment_in_batch(kernel: Case) -> None:
         own = cu_seqlens([stop - start])
         alone = attention(q[start:stop], k[start:stop], v[start:stop], own, own, causal=True)
         if kernel.backend == "naive":
-            torch.testing.assert_close(whole[start:stop], alone, rtol=0, atol=2 * torch.finfo(kernel.dtype).eps)
+            torch.testing.assert_close(
+                whole[start:stop], alone, rtol=0, atol=2 * torch.finfo(kernel.dtype).eps
+            )
         else:
             assert torch.equal(whole[start:stop], alone)
 
@@ -317,3 +319,80 @@ def test_bounds_outside_the_rows(kernel: Case, bounds: list[int]) -> None:
     good = torch.linspace(0, 4, len(bounds)).int()
     with pytest.raises(ValueError, match="cu_seqlens_k"):
         attention(q, k, v, good, torch.tensor(bounds, dtype=torch.int32), causal=False)
+
+
+def assert_like_the_definition(q: Tensor, k: Tensor, v: Tensor, tolerance: float = 2e-3) -> None:
+    """Output and lse of one full segment, NaN and infinities included."""
+    bounds_q, bounds_k = cu_seqlens([q.shape[0]]), cu_seqlens([k.shape[0]])
+    out, lse = attention(q, k, v, bounds_q, bounds_k, causal=False, return_lse=True)
+    want, want_lse = naive_attention(q, k, v, bounds_q, bounds_k, causal=False, return_lse=True)
+    rounding = tolerance if q.dtype is torch.float32 else 2e-2
+    torch.testing.assert_close(out.float(), want.float(), rtol=rounding, atol=rounding, equal_nan=True)
+    torch.testing.assert_close(lse, want_lse, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@all_cases
+@pytest.mark.parametrize("keys", [5, 64, 150])
+def test_a_query_of_nan_gives_nan(kernel: Case, keys: int) -> None:
+    assert kernel.dtype is not None
+    q, k, v = (torch.randn(n, 2, 24).to(kernel.dtype) for n in (9, keys, keys))
+    q[4, 1] = float("nan")
+    out, lse = attention(q, k, v, cu_seqlens([9]), cu_seqlens([keys]), causal=False, return_lse=True)
+    assert out[4, 1].isnan().all() and lse[4, 1].isnan()
+    assert out.isnan().sum() == 24 and lse.isnan().sum() == 1
+    assert_like_the_definition(q, k, v)
+    k[0] = float("nan")  # one bad key is in every row's sum
+    assert attention(q, k, v, cu_seqlens([9]), cu_seqlens([keys]), causal=False).isnan().all()
+
+
+@all_cases
+def test_logits_of_minus_infinity(kernel: Case) -> None:
+    """A whole tile of keys with logits -inf (the products overflow), alone and in front of keys with the logit 0."""
+    assert kernel.dtype is not None
+    q = torch.full((7, 2, 16), 1e30).to(kernel.dtype)
+    k = torch.full((70, 1, 16), -1e30).to(kernel.dtype)
+    v = torch.randn(70, 1, 16).to(kernel.dtype)
+    k[64:] = 0
+    if kernel.dtype is torch.float16:  # its largest number is 65504: there is no overflow in fp32
+        return assert_like_the_definition(q.clamp(max=6e4), k.clamp(min=-6e4), v)
+    assert_like_the_definition(q, k, v)
+    assert_like_the_definition(q, k[:64], v[:64])
+    assert_like_the_definition(q, k[:3], v[:3])
+
+
+@all_cases
+@pytest.mark.parametrize("keys", [5, 64, 150])
+def test_very_large_logits(kernel: Case, keys: int) -> None:
+    """Where one key takes all of the weight, its value is the output, however large the logits are."""
+    assert kernel.dtype is not None
+    q, k, v = (torch.randn(n, 2, 32) for n in (9, keys, keys))
+    q = q * (1e3 if kernel.dtype is torch.float16 else 1e10)
+    q, k, v = (t.to(kernel.dtype) for t in (q, k, v))
+    logits = torch.einsum("ihd,jhd->hij", q.double(), k.double())
+    best, top = logits.topk(2).values.unbind(-1)
+    assert ((best - top) > 1e-5 * best.abs()).all()  # no near-ties, which fp32 could order either way
+    out = attention(q, k, v, cu_seqlens([9]), cu_seqlens([keys]), causal=False)
+    heads = torch.arange(2)[:, None]
+    want = v.transpose(0, 1)[heads, logits.argmax(-1)].transpose(0, 1)
+    if kernel.dtype is not torch.float16:
+        assert torch.equal(out, want)
+    assert_like_the_definition(q, k, v)
+
+
+@all_cases
+def test_no_query_heads_and_no_value_dimensions(kernel: Case) -> None:
+    bounds = cu_seqlens([3])
+    q, k = torch.randn(3, 2, 8).to(kernel.dtype), torch.randn(3, 2, 8).to(kernel.dtype)
+    out, lse = attention(q[:, :0], k, k, bounds, bounds, causal=True, return_lse=True)
+    assert out.shape == (3, 0, 8) and lse.shape == (3, 0)
+    out, lse = attention(q, k, k[..., :0], bounds, bounds, causal=True, return_lse=True)
+    assert out.shape == (3, 2, 0)
+    torch.testing.assert_close(lse, attention(q, k, k, bounds, bounds, causal=True, return_lse=True)[1])
+    with pytest.raises(ValueError, match="head dimension D of at least 1"):
+        attention(q[..., :0], k[..., :0], k, bounds, bounds, causal=True)
+
+
+def test_not_a_tensor() -> None:
+    x, bounds = torch.randn(3, 2, 8), cu_seqlens([3])
+    with pytest.raises(TypeError, match=r"attention: q: expected a torch.Tensor, found list"):
+        attention([1], x, x, bounds, bounds, causal=True)  # type: ignore[call-overload]

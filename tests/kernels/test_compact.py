@@ -163,3 +163,17 @@ def test_bad_arguments() -> None:
         compact(index.long(), index, buffer, None, buffer.clone(), None, [])
     with pytest.raises(ValueError, match=r"rows\[0\]"):
         compact(index, None, None, None, None, None, [(torch.zeros(3, 2), torch.zeros(1, 3))])
+
+
+def test_gradients_flow() -> None:
+    """While autograd records, the copies are differentiable: the gradient of a row is that of where it went."""
+    src = torch.randn(2, 4, 1, 3, requires_grad=True)
+    hidden = torch.randn(4, 5, requires_grad=True)
+    dst, out = torch.zeros(2, 6, 1, 3), torch.zeros(3, 5)
+    compact(ints([3, -1, 0]), ints([2, 1, 5]), src, None, dst, None, [(hidden, out)])
+    at_dst, at_out = torch.randn(2, 6, 1, 3), torch.randn(3, 5)
+    found = torch.autograd.grad((dst * at_dst).sum() + (out * at_out).sum(), (src, hidden))
+    want_src, want_hidden = torch.zeros(2, 4, 1, 3), torch.zeros(4, 5)
+    want_src[:, 3], want_src[:, 0] = at_dst[:, 2], at_dst[:, 5]
+    want_hidden[3], want_hidden[0] = at_out[0], at_out[2]
+    assert torch.equal(found[0], want_src) and torch.equal(found[1], want_hidden)

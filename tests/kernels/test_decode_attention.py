@@ -188,3 +188,31 @@ def test_wrong_arguments(name: str, value: Tensor, error: type[Exception], words
     setattr(pool, name, value)
     with pytest.raises(error, match=words):
         pool.run()
+
+
+@all_cases
+@pytest.mark.parametrize("heads", [(2, 2), (4, 1)])
+def test_nan_and_very_large_logits(kernel: Case, heads: tuple[int, int]) -> None:
+    """A NaN query gives NaN and leaves its neighbours alone; where one key takes all of the weight, its value comes out."""
+    assert kernel.dtype is not None
+    pool = make_pool([5, 300, 64], heads, (16, 24), kernel.dtype)
+    pool.q *= 1e3 if kernel.dtype is torch.float16 else 1e10
+    pool.q[0] = float("nan")
+    out = pool.run()
+    assert out[0].isnan().all() and not out[1:].isnan().any()
+    for b in (1, 2):
+        keys, values = (t.repeat_interleave(heads[0] // heads[1], 1) for t in pool.gathered(b))
+        logits = torch.einsum("hd,jhd->hj", pool.q[b].double(), keys.double())
+        best, second = logits.topk(2).values.unbind(-1)
+        clear = (best - second) > 1e3 + 1e-5 * best.abs()
+        want = values[logits.argmax(-1), torch.arange(heads[0])]
+        assert clear.any()
+        assert torch.equal(out[b][clear], want[clear])
+
+
+@all_cases
+def test_no_query_heads(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    pool = make_pool([5, 40], (2, 2), (8, 8), kernel.dtype)
+    pool.q = pool.q[:, :0]
+    assert pool.run().shape == (2, 0, 8)

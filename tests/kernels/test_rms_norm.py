@@ -141,3 +141,8 @@ def test_bad_arguments() -> None:
         rms_norm(torch.zeros(12, 4).t(), weight, 1e-6)
     with pytest.raises(TypeError, match="float64"):
         rms_norm(x.double(), weight.double(), 1e-6)
+
+
+def test_not_a_tensor() -> None:
+    with pytest.raises(TypeError, match="rms_norm: x: expected a torch.Tensor, found NoneType"):
+        rms_norm(None, torch.ones(3), 1e-6)  # type: ignore[arg-type]

@@ -261,3 +261,27 @@ def test_bad_arguments() -> None:
         mrope_cos_sin(torch.zeros(2, 4), torch.ones(16), (4, 6, 6))
     with pytest.raises(ValueError, match="dim"):
         vision_rotary(torch.zeros(2), torch.zeros(2), 10)
+
+
+def test_gradients_flow() -> None:
+    """While autograd records, rope is differentiable: against the rotation written out."""
+    q0, k0, v0 = (random(5, 2, 8, dtype=torch.float32, seed=i).requires_grad_() for i in (1, 2, 3))
+    cos, sin = tables(5, 8)
+    weights = [random(5, 2, 8, dtype=torch.float32, seed=i) for i in (4, 5, 6)]
+    q, k_out, v_out = q0 * 1.0, torch.zeros(5, 2, 8), torch.zeros(5, 2, 8)
+    slots = torch.tensor([3, -1, 0, 4, 1], dtype=torch.int32)
+    rope(q, k0, cos, sin, v=v0, k_out=k_out, v_out=v_out, slots=slots)
+    loss = torch.stack([(x * w).sum() for x, w in zip((q, k_out, v_out), weights, strict=True)]).sum()
+    found = torch.autograd.grad(loss, (q0, k0, v0))
+    want = torch.zeros(3, 5, 2, 8)
+
+    def backward(g: Tensor, t: int) -> Tensor:
+        return torch.cat((g[:, :4] * cos[t] + g[:, 4:] * sin[t], g[:, 4:] * cos[t] - g[:, :4] * sin[t]), -1)
+
+    for t, slot in enumerate(slots.tolist()):
+        want[0, t] = backward(weights[0][t], t)
+        if slot >= 0:
+            want[1, t] = backward(weights[1][slot], t)
+            want[2, t] = weights[2][slot]
+    for a, b in zip(found, want, strict=True):
+        torch.testing.assert_close(a, b)
