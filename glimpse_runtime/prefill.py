@@ -101,7 +101,8 @@ class Prefill:
         for number in range(self._stage_layer):
             self._full_layer(number)
         self._x = self._enter(self._stage_layer)
-        self._write_keys(self._stage_layer)
+        keys, values = self._workspace.k[self._stage_layer], self._workspace.v[self._stage_layer]
+        self._write_keys(self._stage_layer, self._x, keys, values)
         self._glance(self._stage_layer, None)
         self.timings.before += time.perf_counter() - began
         began = time.perf_counter()
@@ -156,13 +157,18 @@ class Prefill:
 
     # -- the stage ---------------------------------------------------------------------------------------------
 
-    def _write_keys(self, number: int) -> None:
-        """Keys and values of all rows in layer K."""
-        decoder = self.decoder
-        k, v = (decoder.heads(part) for part in self._layer(number).qkv.tail(1)(self._x))
+    def _write_keys(
+        self,
+        number: int,
+        x: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        slots: torch.Tensor | None = None,
+    ) -> None:
+        """Keys and values of the stream's rows `x` in a layer whose queries are not wanted for all of them."""
+        k, v = (self.decoder.heads(part) for part in self._layer(number).qkv.tail(1)(x))
         nobody = k[:, :0]
-        keys, values = self._workspace.k[number], self._workspace.v[number]
-        rope(nobody, k, self._cos, self._sin, v=v, k_out=keys, v_out=values)
+        rope(nobody, k, self._stream.cos, self._stream.sin, v=v, k_out=keys, v_out=values, slots=slots)
 
     def _glance(self, number: int, q: torch.Tensor | None) -> None:
         """What the last probe row of each sequence sees in this layer, if the plan asks; `q` of all rows if known."""
@@ -248,7 +254,7 @@ class Prefill:
         lengths = cu[1:] - cu[:-1]
         pool.lengths = self.kept_lengths = lengths
         slots = pool.prefill_slots(cu, rows)
-        cu_k = pool.prefill_segments(lengths)
+        cu_q, cu_k = _with_gaps(cu), pool.prefill_segments(lengths)
         last = decoder.config.num_layers - 1
         for number in range(first, last + 1):
             layer = self._layer(number)
@@ -257,19 +263,8 @@ class Prefill:
             if number < last:
                 q, k, v = (decoder.heads(part) for part in layer.qkv(x))
                 rope(q, k, self._stream.cos, self._stream.sin, v=v, k_out=keys, v_out=values, slots=slots)
-                cu_q = _with_gaps(cu)
             else:
-                k, v = (decoder.heads(part) for part in layer.qkv.tail(1)(x))
-                rope(
-                    k[:, :0],
-                    k,
-                    self._stream.cos,
-                    self._stream.sin,
-                    v=v,
-                    k_out=keys,
-                    v_out=values,
-                    slots=slots,
-                )
+                self._write_keys(number, x, keys, values, slots)
                 self._stream, x, _ = self._last_rows(cu, self._stream, x, None)
                 q = decoder.heads(layer.qkv.parts[0](x))
                 rope(q, None, self._stream.cos, self._stream.sin)
