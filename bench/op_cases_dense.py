@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import glimpse_kernels as kernels
@@ -105,6 +107,33 @@ def patchify(s: Sizes, dtype: torch.dtype) -> Work:
         lambda: (naive_patchify(image, mean=MEAN, std=STD),),
         nbytes(image) + 2 * 4 * image.numel(),
         "byte",
+    )
+
+
+@REGISTRY.add("patchify", "resize + patches", per_picture=True)
+def resize_patchify(s: Sizes, dtype: torch.dtype) -> Work:
+    edge, grid = 28 * s.side, s.side
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(0, 256, (15 * edge // 7, 2 * edge, 3), np.uint8)
+    )
+    image = torch.from_numpy(np.array(picture))
+    mean, std = np.array(MEAN, np.float32), np.array(STD, np.float32)
+
+    def plain() -> tuple[Tensor]:
+        x = np.asarray(picture.resize((edge, edge), Image.Resampling.BICUBIC))
+        x = ((x * (1 / 255)).astype(np.float32) - mean) / std
+        x = x.reshape(grid, 2, 14, grid, 2, 14, 3).transpose(0, 3, 1, 4, 6, 2, 5)[:, :, :, :, :, None]
+        x = np.broadcast_to(x, (*x.shape[:5], 2, 14, 14))
+        return (torch.from_numpy(x.reshape(-1, 1176)),)
+
+    options = {"mean": MEAN, "std": STD, "size": (edge, edge)}
+    return Work(
+        lambda: (kernels.patchify(image, **options),),  # type: ignore[arg-type]
+        plain,
+        lambda: (naive_patchify(image, **options),),  # type: ignore[arg-type]
+        nbytes(image) + 2 * 4 * 3 * edge * edge,
+        "byte",
+        plain_name="Pillow, NumPy",
     )
 
 

@@ -15,7 +15,9 @@ from glimpse_kernels.compact import compact
 from glimpse_kernels.decode_attention import decode_attention
 from glimpse_kernels.dispatch import UnsupportedError, explain, force_backend, support_table
 from glimpse_kernels.glimpse_scores import glimpse_scores
+from glimpse_kernels.linear import Int8Weight, gated_linear, linear, linear_group, quantize_int8
 from glimpse_kernels.patchify import patchify
+from glimpse_kernels.recording import Recording
 from glimpse_kernels.rms_norm import rms_norm
 from glimpse_kernels.rope import mrope_cos_sin, rope, vision_rotary
 from glimpse_kernels.select_tokens import Selection, select_tokens
@@ -23,6 +25,8 @@ from glimpse_kernels.swiglu import swiglu
 from glimpse_kernels.vip import VipWeights, vip, vip_conditions, vip_rotary
 
 __all__ = [
+    "Int8Weight",
+    "Recording",
     "Selection",
     "UnsupportedError",
     "VipWeights",
@@ -31,9 +35,13 @@ __all__ = [
     "decode_attention",
     "explain",
     "force_backend",
+    "gated_linear",
     "glimpse_scores",
+    "linear",
+    "linear_group",
     "mrope_cos_sin",
     "patchify",
+    "quantize_int8",
     "rms_norm",
     "rope",
     "select_tokens",

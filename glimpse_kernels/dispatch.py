@@ -82,6 +82,9 @@ _TABLE: tuple[Support, ...] = (
     *_rows("rope"),
     *_rows("rms_norm"),
     *_rows("swiglu"),
+    *_rows("linear"),
+    *_rows("linear_group", folder="linear", symbols=("linear",)),
+    *_rows("gated_linear", folder="linear", symbols=("linear",)),
     *_rows("patchify", naive=(torch.uint8,), cpu=(torch.uint8,)),
 )
 

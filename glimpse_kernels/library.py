@@ -194,15 +194,24 @@ def _patchify(
     temporal_patch_size: int = 2,
     merge_size: int = 2,
     rescale: float = 1 / 255,
+    *,
+    size: Sequence[int] | None = None,
+    resample: str = "bicubic",
+    down_first: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     return gk.patchify(
         image,
         mean=mean,
         std=std,
+        size=None if size is None else (size[0], size[1]),
+        resample=resample,
+        down_first=down_first,
         patch_size=patch_size,
         temporal_patch_size=temporal_patch_size,
         merge_size=merge_size,
         rescale=rescale,
+        dtype=dtype,
     )
 
 
@@ -213,11 +222,14 @@ def _patchify_fake(
     patch_size: int = 14,
     temporal_patch_size: int = 2,
     *_: Any,
+    size: Sequence[int] | None = None,
+    dtype: torch.dtype | None = None,
     **__: Any,
 ) -> Tensor:
-    height, width, channels = image.shape
+    height, width = image.shape[:2] if size is None else size
     patches = (height // patch_size) * (width // patch_size)
-    return image.new_empty(patches, channels * temporal_patch_size * patch_size**2, dtype=torch.float32)
+    columns = image.shape[2] * temporal_patch_size * patch_size**2
+    return image.new_empty(patches, columns, dtype=dtype or torch.float32)
 
 
 def _like_first(x: Tensor, *_: Any, **__: Any) -> Tensor:
@@ -275,7 +287,8 @@ _register(
 _register("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _like_first)
 _register(
     "patchify(Tensor image, float[] mean, float[] std, int patch_size=14, int temporal_patch_size=2, int merge_size=2, "
-    f"float rescale={1 / 255!r}) -> Tensor",
+    f"float rescale={1 / 255!r}, *, SymInt[]? size=None, str resample='bicubic', bool down_first=False, "
+    "ScalarType? dtype=None) -> Tensor",
     _patchify,
     _patchify_fake,
 )

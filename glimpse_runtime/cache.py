@@ -78,15 +78,11 @@ class KvPool:
         end = torch.full_like(self.starts[:1], self.k_slots.shape[1])
         return torch.cat([torch.stack([self.starts, self.starts + lengths], dim=1).flatten(), end])
 
-    def next_slots(self, active: torch.Tensor) -> torch.Tensor:
-        """`[B]` int32 slot of the row that follows each sequence; -1 where `active [B]` is false."""
-        block = torch.div(self.lengths, BLOCK_SIZE, rounding_mode="floor").clamp_(
-            max=self.block_table.shape[1] - 1
-        )
-        slots = (
-            self.block_table.gather(1, block[:, None].long())[:, 0] * BLOCK_SIZE + self.lengths % BLOCK_SIZE
-        )
-        return torch.where(active, slots, -1).to(torch.int32)
+    def slots_at(self, rows: torch.Tensor) -> torch.Tensor:
+        """`[n, B]` int32 slot of row number `rows [n, B]` (int32) of each sequence; rows past its blocks: in the last."""
+        blocks = torch.div(rows, BLOCK_SIZE, rounding_mode="floor").clamp_(max=self.block_table.shape[1] - 1)
+        table = self.block_table.gather(1, blocks.T.long()).T
+        return table * BLOCK_SIZE + rows % BLOCK_SIZE
 
     def rows(self, row: int, layer: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """The first `length` keys and values `[length, kv heads, head_dim]` of one sequence in one layer (views)."""

@@ -103,50 +103,64 @@ def decode(
     assert prefill.last_logits is not None and prefill.pool is not None
     padding = request.attention_mask.to(input_ids.device) == 0
     chain = sampling.processors(config, padding, request.logits_processor)
-    criteria = sampling.stopping(
-        config, input_ids.shape[1] + request.max_new_tokens, request.tokenizer, request.stopping_criteria
-    )
-    ends = sampling.eos_ids(config)
+    criteria = sampling.stopping(config, request.tokenizer, request.stopping_criteria)
+    ends = frozenset(sampling.eos_ids(config))
+    sample, streamer = bool(config.do_sample), request.streamer
+    # Whoever else sees the scores may keep them, or write to them.
+    private = bool(chain or criteria or config.output_scores or config.output_logits)
     loop = DecodeLoop(prefill.decoder, prefill.pool, prefill.batch.next_positions, prefill.extra_rows)
-    sequences, logits = input_ids, prefill.last_logits
-    finished = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+    sequences, logits = sampling.Tokens(input_ids, request.max_new_tokens), prefill.last_logits
+    running = [True] * input_ids.shape[0]
     kept_scores: list[torch.Tensor] = []
     kept_logits: list[torch.Tensor] = []
-    if request.streamer is not None:
-        request.streamer.put(input_ids.cpu())
+    if streamer is not None:
+        streamer.put(input_ids.cpu())
     first_token_at = began
     while True:
-        raw = logits.float()
-        scores = chain(sequences, raw.clone()) if chain else raw  # type: ignore[arg-type]
+        raw = logits.to(torch.float32, copy=private)
+        scores = raw
+        if chain:
+            own = raw.clone() if config.output_logits else raw
+            scores = chain(sequences.so_far(), own)  # type: ignore[arg-type]
         if config.output_scores:
             kept_scores.append(scores)
         if config.output_logits:
             kept_logits.append(raw)
-        tokens = sampling.pick(scores, sample=bool(config.do_sample))
-        if ends:
-            tokens = torch.where(finished, config.pad_token_id, tokens)
-        sequences = torch.cat([sequences, tokens[:, None]], dim=1)
-        if request.streamer is not None:
-            request.streamer.put(tokens.cpu())
+        tokens = sampling.pick(scores, sample=sample)
+        if ends and not all(running):
+            tokens = torch.where(_mask(running, tokens), tokens, config.pad_token_id)
+        sequences.append(tokens)
+        if streamer is not None:
+            streamer.put(tokens.cpu())
         timings.new_tokens += 1
         if timings.new_tokens == 1:
             first_token_at = time.perf_counter()
             timings.ttft = first_token_at - began
-        finished = finished | criteria(sequences, scores)
-        if bool(finished.all()):
+        before = sum(running)
+        if ends:
+            running = [on and token not in ends for on, token in zip(running, tokens.tolist(), strict=True)]
+        if criteria:
+            done = criteria(sequences.so_far(), scores).tolist()
+            running = [on and not over for on, over in zip(running, done, strict=True)]
+        if timings.new_tokens == request.max_new_tokens or not any(running):
             break
-        if ends:  # without end tokens rows go on until all have stopped, as Hugging Face's do
-            loop.retire(finished)
-        logits = loop.step(tokens)
+        # Without end tokens rows go on until all have stopped, as Hugging Face's do.
+        if ends and sum(running) < before:
+            loop.retire(~_mask(running, tokens))
+        logits = loop.advance(tokens)
     timings.decode = time.perf_counter() - first_token_at
     if request.streamer is not None:
         request.streamer.end()
     if not config.return_dict_in_generate:
-        return sequences
+        return sequences.result()
     return GlimpseGenerateOutput(
-        sequences=sequences,  # type: ignore[arg-type]
+        sequences=sequences.result(),  # type: ignore[arg-type]
         scores=tuple(kept_scores) if config.output_scores else None,  # type: ignore[arg-type]
         logits=tuple(kept_logits) if config.output_logits else None,  # type: ignore[arg-type]
         pruning=report,
         timings=timings,
     )
+
+
+def _mask(rows: list[bool], like: torch.Tensor) -> torch.Tensor:
+    return torch.tensor(rows, dtype=torch.bool, device=like.device)

@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from typing import Any, TypeAlias
 
 import numpy as np
+import PIL
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -27,6 +28,7 @@ from glimpse_runtime.errors import GlimpseError
 ImageInput: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | torch.Tensor"
 
 MAX_ASPECT_RATIO = 200
+_PILLOW = int(PIL.__version__.partition(".")[0])
 
 
 class ImageError(GlimpseError):
@@ -163,6 +165,22 @@ def check_size(image: Image.Image, *, least: int, name: str = "image") -> None:
             f"{name}: the picture is too small: expected sides of at least {least} px, "
             f"found {image.width} x {image.height} px"
         )
+
+
+def pixels_of(picture: Image.Image) -> torch.Tensor:
+    """``[H, W, 3]`` uint8 of a picture in mode RGB, copied once. Not to be written to."""
+    array = np.asarray(picture)
+    with warnings.catch_warnings():
+        # The memory is read-only, which torch cannot express; nothing here writes to it.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(array)
+
+
+def vertical_pass_first(height: int, width: int, size: tuple[int, int]) -> bool:
+    """Whether the installed Pillow's resize of ``height`` x ``width`` to ``size`` (height, width) begins with the
+    vertical pass: from version 13 on it does where the height loses more than twice the pixels that the width loses.
+    """
+    return _PILLOW >= 13 and height - size[0] > max(0, 2 * (width - size[1]))
 
 
 def flatten(images: Any) -> Iterator[Any]:

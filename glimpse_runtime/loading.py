@@ -59,12 +59,10 @@ def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.devic
             files.update({key: opened for key in opened.keys()})
 
         def read(key: str) -> torch.Tensor:
-            # A copy, or every tensor would keep the whole mapped file resident beside the fused weights.
+            # A copy, or every tensor would keep the whole mapped file resident.
             return files[key].get_tensor(key).to(dtype=wanted, device=device, copy=True)
 
-        return _build(
-            WeightReader(files.keys(), read, fuse=True), config, _generation_config(path, hf_config)
-        )
+        return _build(WeightReader(files.keys(), read), config, _generation_config(path, hf_config))
 
 
 def share_base(hf_model: Any) -> BaseModel:
@@ -80,7 +78,7 @@ def share_base(hf_model: Any) -> BaseModel:
         found = sorted(f"{device}/{dtype}" for device, dtype in places)
         raise CheckpointError(f"expected all weights on one device and of one dtype, found {found}")
     check_dtype(next(iter(places))[1])
-    reader = WeightReader(tensors.keys(), tensors.__getitem__, fuse=False)
+    reader = WeightReader(tensors.keys(), tensors.__getitem__)
     return _build(reader, config, hf_model.generation_config)
 
 

@@ -2,7 +2,7 @@
 """Text and pictures → the tensors a Qwen2.5-VL takes, under the names Hugging Face gives them.
 
 `Processor` stands where ``AutoProcessor`` stands, without torchvision: tokenizer and chat template come from the
-checkpoint's own files, pictures go through Pillow's resize and the ``patchify`` op.  Its outputs and those of
+checkpoint's own files, pictures go through the ``patchify`` op, which also resizes.  Its outputs and those of
 ``AutoProcessor`` are interchangeable.
 """
 
@@ -16,7 +16,15 @@ import torch
 from transformers import AutoTokenizer, BatchFeature
 
 from glimpse_kernels import patchify
-from glimpse_runtime.images import ImageInput, check_size, flatten, smart_resize, to_rgb
+from glimpse_runtime.images import (
+    ImageInput,
+    check_size,
+    flatten,
+    pixels_of,
+    smart_resize,
+    to_rgb,
+    vertical_pass_first,
+)
 from glimpse_runtime.messages import is_nested, normal, pictures_of, prompts_of
 from glimpse_runtime.processor_files import (
     ImageSettings,
@@ -28,6 +36,13 @@ from glimpse_runtime.processor_files import (
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
+_FILTERS = {
+    1: "lanczos",
+    2: "bilinear",
+    3: "bicubic",
+    4: "box",
+    5: "hamming",
+}  # Pillow's numbers of the op's filters
 
 
 class Processor:
@@ -88,48 +103,54 @@ class Processor:
             (frames, rows and columns of patches).
         """
         settings = self.image.with_bounds(min_pixels, max_pixels)
-        ready = [
-            self._resized(item, settings, f"images[{index}]") for index, item in enumerate(flatten(images))
-        ]
-        patch = settings.patch_size
-        grids = [[1, picture.shape[0] // patch, picture.shape[1] // patch] for picture in ready]
-        width = 3 * settings.temporal_patch_size * patch * patch
-        pixels = torch.empty(sum(grid[1] * grid[2] for grid in grids), width, dtype=torch.float32)
-        first = 0
-        for picture, (_, rows, columns) in zip(ready, grids, strict=True):
-            patchify(
-                picture,
-                mean=settings.mean,
-                std=settings.std,
-                patch_size=patch,
-                temporal_patch_size=settings.temporal_patch_size,
-                merge_size=settings.merge_size,
-                rescale=settings.rescale,
-                out=pixels[first : first + rows * columns],
-            )
-            first += rows * columns
+        patches, grids = [], []
+        for index, item in enumerate(flatten(images)):
+            rows, grid = self._patches(item, settings, f"images[{index}]")
+            patches.append(rows)
+            grids.append(grid)
+        if not patches:
+            width = 3 * settings.temporal_patch_size * settings.patch_size**2
+            patches.append(torch.empty(0, width, dtype=torch.float32))
+        pixels = patches[0] if len(patches) == 1 else torch.cat(patches)
         return pixels, torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
 
-    def _resized(self, item: ImageInput, settings: ImageSettings, name: str) -> torch.Tensor:
+    def _patches(
+        self, item: ImageInput, settings: ImageSettings, name: str
+    ) -> tuple[torch.Tensor, list[int]]:
+        """Patches of one picture and its grid (frames, rows, columns)."""
         picture = to_rgb(item, name)
         check_size(picture, least=settings.patch_size, name=name)
+        size = (picture.height, picture.width)
         if settings.do_resize:
-            height, width = smart_resize(
+            size = smart_resize(
                 picture.height,
                 picture.width,
                 factor=settings.factor,
                 min_pixels=settings.min_pixels,
                 max_pixels=settings.max_pixels,
             )
-            if (width, height) != picture.size:
-                picture = picture.resize((width, height), resample=settings.resample)
         elif picture.width % settings.factor or picture.height % settings.factor:
             raise ProcessorError(
                 f"{name}: this checkpoint does not resize, so sides must be multiples of {settings.factor} px, "
                 f"found {picture.width} x {picture.height} px"
             )
-        pixels = torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8)
-        return pixels.view(picture.height, picture.width, 3)
+        resample = _FILTERS.get(settings.resample)
+        if resample is None and size != (picture.height, picture.width):
+            # "nearest" and filters that only some versions of Pillow have: Pillow does it, or says why not.
+            picture = picture.resize((size[1], size[0]), resample=settings.resample)
+        patches = patchify(
+            pixels_of(picture),
+            mean=settings.mean,
+            std=settings.std,
+            size=size,
+            resample=resample or "bicubic",
+            down_first=vertical_pass_first(picture.height, picture.width, size),
+            patch_size=settings.patch_size,
+            temporal_patch_size=settings.temporal_patch_size,
+            merge_size=settings.merge_size,
+            rescale=settings.rescale,
+        )
+        return patches, [1, size[0] // settings.patch_size, size[1] // settings.patch_size]
 
     def __call__(
         self,

@@ -8,7 +8,6 @@ from typing import Any, cast
 import torch
 from transformers import GenerationConfig
 from transformers.generation import (
-    EosTokenCriteria,
     LogitsProcessor,
     LogitsProcessorList,
     MinLengthLogitsProcessor,
@@ -22,7 +21,6 @@ from transformers.generation import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
-from transformers.generation.stopping_criteria import MaxLengthCriteria
 
 from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
 
@@ -170,11 +168,9 @@ def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any) -> L
     return LogitsProcessorList([*fresh[:at], *own, *fresh[at:]])
 
 
-def stopping(config: GenerationConfig, length: int, tokenizer: Any, extra: Any) -> StoppingCriteriaList:
-    """What ends a row: `length` tokens in all, an end token, a stop string, or the caller's own criteria."""
-    criteria = StoppingCriteriaList([MaxLengthCriteria(max_length=length)])
-    if eos_ids(config):
-        criteria.append(EosTokenCriteria(eos_token_id=eos_ids(config)))
+def stopping(config: GenerationConfig, tokenizer: Any, extra: Any) -> StoppingCriteriaList:
+    """What ends a row besides its length and end tokens: a stop string, or the caller's own criteria. Mostly nothing."""
+    criteria = StoppingCriteriaList()
     if config.stop_strings is not None:
         if tokenizer is None:
             raise GlimpseError(
@@ -187,7 +183,36 @@ def stopping(config: GenerationConfig, length: int, tokenizer: Any, extra: Any) 
 
 
 def pick(scores: torch.Tensor, *, sample: bool) -> torch.Tensor:
-    """`[B]` next tokens from `[B, vocabulary]` processed scores."""
-    if not sample:
-        return scores.argmax(dim=-1)
-    return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+    """`[B]` next tokens from `[B, vocabulary]` processed scores; of equal ones the first."""
+    if sample:
+        return torch.multinomial(scores.softmax(dim=-1), num_samples=1).squeeze(1)
+    if scores.device.type == "cpu" and scores.dtype is torch.float32:
+        # numpy's search is vectorised, torch's is not: for 150 000 words 0.01 ms instead of 0.1 ms.
+        return torch.from_numpy(scores.detach().numpy().argmax(axis=-1))
+    return scores.argmax(dim=-1)
+
+
+class Tokens:
+    """The growing sequences of a batch, in memory that was taken once.
+
+    Attributes:
+        length: tokens of each row so far.
+    """
+
+    def __init__(self, prompt: torch.Tensor, room: int) -> None:
+        batch, self.length = prompt.shape
+        self._buffer = prompt.new_empty(batch, self.length + room)
+        self._buffer[:, : self.length] = prompt
+
+    def append(self, tokens: torch.Tensor) -> None:
+        """One more token `[B]` for every row."""
+        self._buffer.select(1, self.length).copy_(tokens)
+        self.length += 1
+
+    def so_far(self) -> torch.Tensor:
+        """`[B, length]`, contiguous, for whom it concerns: of several rows this is a copy."""
+        return self._buffer[:, : self.length].contiguous()
+
+    def result(self) -> torch.Tensor:
+        """`[B, length]` in memory of its own."""
+        return self._buffer[:, : self.length].clone(memory_format=torch.contiguous_format)

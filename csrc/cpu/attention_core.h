@@ -8,7 +8,7 @@
 // B[key][v_dim]. Packed tiles are zero past the last key and the last dimension, so nothing outside is ever read.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/cells.h"
 
 namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
@@ -22,41 +22,7 @@ constexpr int kTileRows = 6, kTileVectors = 2;
 constexpr int kKeys = 64;
 constexpr int kKeyVectors = kKeys / kLanes;
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
-template <class T>
-constexpr bool kPairs = false;
-template <>
-constexpr bool kPairs<bf16> = kHasPairs;
-
-template <class T>
-GLIMPSE_INLINE int64_t cells_of(int64_t elements) {
-  return kPairs<T> ? (elements + 1) / 2 : elements;
-}
-
-GLIMPSE_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // ---- packing -------------------------------------------------------------------------------------------------------
-
-// One vector of cells: elements [element, ...) of a row of `elements`. Past the end: zero.
-template <class T>
-GLIMPSE_INLINE vf load_cells(const T* row, int64_t element, int64_t elements) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) {
-    const int64_t left = elements - element;
-    if (left >= 2 * kLanes) return reinterpret_cast<vf>(_mm512_loadu_si512(row + element));
-    if (left <= 0) return vf{};
-    return reinterpret_cast<vf>(_mm512_maskz_loadu_epi16((1u << left) - 1u, row + element));
-  }
-#endif
-  const int64_t left = elements - element;
-  if (left >= kLanes) return load(row + element);
-  return left <= 0 ? vf{} : load_n(row + element, static_cast<int>(left));
-}
 
 // Lane patterns of one step of the butterfly transpose: blocks of `bit` lanes change places between rows i and i + bit.
 constexpr int low_lane(int lane, int bit) { return lane & bit ? kLanes + (lane ^ bit) : lane; }

@@ -12,8 +12,9 @@ namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
 constexpr int64_t kChunk = 256;  // keys of a task
-// Query heads a key head up to which keys and values are read in place: packing them pays only for more rows, or where
-// it brings the bf16 pair instruction.
+// Keys and values (elements) of a whole call up to which one thread does it: waking a second costs as much.
+constexpr int64_t kOneThread = 65536;
+// Query heads a key head up to which keys and values are read in place: packing them pays only for more rows.
 constexpr int64_t kDirectRows = 2;
 
 struct Plan {
@@ -26,6 +27,178 @@ struct Plan {
 
   float* part(int64_t row_head, int64_t chunk) const { return parts + (row_head * chunks + chunk) * part_size; }
 };
+
+#if defined(__AVX512F__)
+
+// ---- a chunk where its keys and values lie -------------------------------------------------------------------------
+// Four query heads at a time share every vector of a key and of a value that is loaded, and the logits of a whole chunk are
+// there before its softmax, so that nothing is rescaled.
+
+constexpr int64_t kHeads = 4;  // query heads of a tile
+constexpr int kAhead = 40;  // keys that are asked for before they are needed
+
+template <class T>
+GLIMPSE_INLINE void prefetch_row(const T* row, int64_t elements) {
+  for (int64_t b = 0; b < elements * static_cast<int64_t>(sizeof(T)); b += 64)
+    __builtin_prefetch(reinterpret_cast<const char*>(row) + b, 0, 2);
+}
+
+// Logits of all heads (`heads` rows of `dim` elements at `query`, a multiple of kHeads), kChunk a head.
+template <class T>
+void score_chunk(const T* const* keys, const T* const* values, int count, const T* query, int64_t heads, int64_t dim,
+                 int64_t v_dim, float* logits) {
+  for (int key = 0; key < smaller(kAhead, count); ++key) prefetch_row(keys[key], dim);
+  for (int key = 0; key < count; key += 4) {
+    const T* tile[4];
+    for (int j = 0; j < 4; ++j) {
+      const int here = smaller(key + j, count - 1), ahead = key + j + kAhead;
+      tile[j] = keys[here];
+      if (ahead < count) prefetch_row(keys[ahead], dim);
+      prefetch_row(values[here], v_dim);
+    }
+    for (int64_t head = 0; head < heads; head += kHeads) {
+      const T* rows[4];
+      for (int i = 0; i < 4; ++i) rows[i] = query + (head + i) * dim;
+      const vf found = dot_tile(rows, tile, dim);
+      float* to = logits + head * kChunk + key;
+      _mm_storeu_ps(to, _mm512_extractf32x4_ps(found, 0));
+      _mm_storeu_ps(to + kChunk, _mm512_extractf32x4_ps(found, 1));
+      _mm_storeu_ps(to + 2 * kChunk, _mm512_extractf32x4_ps(found, 2));
+      _mm_storeu_ps(to + 3 * kChunk, _mm512_extractf32x4_ps(found, 3));
+    }
+  }
+}
+
+// Turns the first `count` logits of a head into weights, in place (bf16 pairs take half the room); zero up to the next
+// multiple of kLanes. Returns their sum, and the largest logit in *top (a NaN does not count, it reaches the sum).
+template <class T>
+float weigh_chunk(float* row, int count, float factor, float* top) {
+  const int vectors = (count + kLanes - 1) / kLanes;
+  const vf nothing = splat(-__builtin_inff());
+  vf best = nothing;
+  const vi last = lane_index() + splat_i((vectors - 1) * kLanes) < splat_i(count);
+  store(row + (vectors - 1) * kLanes, select(last, load(row + (vectors - 1) * kLanes), nothing));
+  for (int j = 0; j < vectors; ++j) best = vmax(load(row + j * kLanes), best);  // in this order a NaN is passed over
+  *top = hmax(best);
+  const vf shift = splat(*top == -__builtin_inff() ? 0.0f : *top), scale = splat(factor);
+  vf total{};
+  for (int j = 0; j < vectors; ++j) {
+    const vf w = weight_exp2<kPairs<T>>((load(row + j * kLanes) - shift) * scale);
+    total = total + w;
+    if constexpr (kPairs<T>)
+      store_weights_bf16(row, j, w);
+    else
+      store_weights(row, j, w);
+  }
+  return hsum(total);
+}
+
+// sum[head][vector] += the weighted cells of `column` .. of one step: a key, or two of which the second may be missing.
+// Vectors 2 i and 2 i + 1 of a pair step hold the columns of two loads interleaved by quarters (see natural_order).
+template <class T, int vectors>
+GLIMPSE_INLINE void add_step(const T* row, const T* second, int64_t column, int64_t v_dim, const float* weights,
+                             vf (*sum)[vectors]) {
+  vf x[vectors];
+  if constexpr (kPairs<T>) {
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; i += 2) {
+      const __m512i a = reinterpret_cast<__m512i>(load_cells(row, column + i * kLanes, v_dim));
+      const __m512i b = second == nullptr ? __m512i{} : reinterpret_cast<__m512i>(load_cells(second, column + i * kLanes, v_dim));
+      x[i] = reinterpret_cast<vf>(_mm512_unpacklo_epi16(a, b));
+      x[i + 1] = reinterpret_cast<vf>(_mm512_unpackhi_epi16(a, b));
+    }
+  } else {
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) x[i] = load_cells(row, column + i * kLanes, v_dim);
+  }
+#pragma GCC unroll 4
+  for (int h = 0; h < kHeads; ++h) {
+    const vf w = _mm512_set1_ps(weights[h * kChunk]);
+#pragma GCC unroll 4
+    for (int i = 0; i < vectors; ++i) sum[h][i] = multiply_add_cells<T>(w, x[i], sum[h][i]);
+  }
+}
+
+// to[h][column ..] = sum over the keys of weight * value for `heads` <= kHeads heads. Of `vectors` * kLanes columns those
+// past v_dim read as 0; the room of a result ends at `room` columns.
+template <class T, int vectors>
+void sum_values(const T* const* rows, int count, int64_t column, int64_t v_dim, const float* weights, int64_t heads,
+                float* to, int64_t to_stride, int64_t room) {
+  constexpr int kStep = kPairs<T> ? 2 : 1;
+  vf sum[kHeads][vectors] = {};
+  int key = 0;
+  if (column + vectors * kLanes <= v_dim) {
+    // the same end for all loads, known to lie behind them
+    const int64_t end = column + vectors * kLanes;
+    for (; key + kStep <= count; key += kStep)
+      add_step<T, vectors>(rows[key], rows[key + kStep - 1], column, end, weights + key / kStep, sum);
+  }
+  for (; key < count; key += kStep)
+    add_step<T, vectors>(rows[key], key + 1 < count ? rows[key + 1] : nullptr, column, v_dim, weights + key / kStep, sum);
+  for (int64_t h = 0; h < heads; ++h) {
+    if constexpr (kPairs<T>) {
+      for (int i = 0; i < vectors; i += 2) {  // quarters a0 b0 a1 b1 and a2 b2 a3 b3 of the two
+        const vf front = _mm512_shuffle_f32x4(sum[h][i], sum[h][i + 1], 0x44);
+        const vf back = _mm512_shuffle_f32x4(sum[h][i], sum[h][i + 1], 0xee);
+        sum[h][i] = _mm512_shuffle_f32x4(front, front, 0xd8);
+        sum[h][i + 1] = _mm512_shuffle_f32x4(back, back, 0xd8);
+      }
+    }
+    for (int i = 0; i < vectors && column + i * kLanes < room; ++i)
+      store(to + h * to_stride + column + i * kLanes, sum[h][i]);
+  }
+}
+
+// Bytes of scratch memory of a chunk.
+template <class T>
+GLIMPSE_INLINE size_t chunk_bytes(int64_t group, int64_t dim) {
+  const size_t heads = static_cast<size_t>(round_up(group, kHeads));
+  return heads * (static_cast<size_t>(dim) * sizeof(T) + sizeof(float) * kChunk) + 64;
+}
+
+// All query heads of a key head against the keys of one chunk. part(r): where the result of head r goes.
+template <class T>
+bool attend_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64_t row, int64_t kv_head, int64_t chunk,
+                  const T* const* keys, const T* const* values, int count) {
+  const int64_t heads = round_up(plan.group, kHeads);
+  float* logits = static_cast<float*>(thread_scratch(chunk_bytes<T>(plan.group, p.dim)));
+  if (logits == nullptr) return false;
+  T* query = reinterpret_cast<T*>(logits + heads * kChunk);
+  for (int64_t r = 0; r < heads; ++r) {
+    if (r < plan.group) {
+      const T* from = static_cast<const T*>(p.q) + row * p.q_stride + (kv_head * plan.group + r) * p.q_head_stride;
+      if (plan.scale.sign == 1.0f)
+        memcpy(query + r * p.dim, from, sizeof(T) * static_cast<size_t>(p.dim));
+      else
+        for (int64_t d = 0; d < p.dim; ++d) put(query + r * p.dim + d, to_float(from[d]) * plan.scale.sign);
+    } else {
+      memset(query + r * p.dim, 0, sizeof(T) * static_cast<size_t>(p.dim));
+    }
+  }
+  score_chunk(keys, values, count, query, heads, p.dim, p.v_dim, logits);
+  for (int64_t r = 0; r < plan.group; ++r) {
+    float* part = plan.part(row * p.q_heads + kv_head * plan.group + r, chunk);
+    part[plan.columns + 1] = weigh_chunk<T>(logits + r * kChunk, count, plan.scale.factor, part + plan.columns);
+  }
+  const int64_t stride = plan.chunks * plan.part_size;  // from head to head
+  float* parts = plan.part(row * p.q_heads + kv_head * plan.group, chunk);
+  constexpr int kFew = kPairs<T> ? 2 : 1;
+  for (int64_t column = 0; column < plan.columns;) {
+    const bool wide = plan.columns - column >= 4 * kLanes;
+    for (int64_t r = 0; r < plan.group; r += kHeads) {
+      const int64_t some = smaller(kHeads, plan.group - r);
+      if (wide)
+        sum_values<T, 4>(values, count, column, p.v_dim, logits + r * kChunk, some, parts + r * stride, stride, plan.columns);
+      else
+        sum_values<T, kFew>(values, count, column, p.v_dim, logits + r * kChunk, some, parts + r * stride, stride,
+                            plan.columns);
+    }
+    column += (wide ? 4 : kFew) * kLanes;
+  }
+  return true;
+}
+
+#else
 
 // ---- one or two query rows: no packing -----------------------------------------------------------------------------
 
@@ -78,21 +251,14 @@ void attend_in_place(Rows& rows, const T* const* keys, const T* const* values, i
   rows.started[0] = true;
 }
 
+#endif
+
 // ---- tasks ---------------------------------------------------------------------------------------------------------
 
 template <class T>
 bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64_t row, int64_t kv_head, int64_t chunk) {
   const int64_t begin = chunk * kChunk, end = smaller<int64_t>(begin + kChunk, p.lengths[row]);
   if (begin >= end) return true;
-  char* memory = static_cast<char*>(thread_scratch(core_bytes(plan.group, plan.query_cells, plan.columns)));
-  if (memory == nullptr) return false;
-  float *packed_keys, *packed_values;
-  Rows rows = lay_out<T>(memory, plan.group, plan.query_cells, plan.columns, &packed_keys, &packed_values);
-  for (int64_t r = 0; r < plan.group; ++r) {
-    pack_query(static_cast<const T*>(p.q) + row * p.q_stride + (kv_head * plan.group + r) * p.q_head_stride, p.dim,
-               plan.scale.sign, rows.query + r * rows.query_cells);
-    rows.limit[r] = static_cast<int32_t>(end);
-  }
   const T* k = static_cast<const T*>(p.k) + kv_head * p.k_head_stride;
   const T* v = static_cast<const T*>(p.v) + kv_head * p.v_head_stride;
   const int32_t* table = p.block_table + row * p.table_stride;
@@ -103,17 +269,27 @@ bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64
     key_rows[key - begin] = k + block * p.k_block_stride + slot * p.k_slot_stride;
     value_rows[key - begin] = v + block * p.v_block_stride + slot * p.v_slot_stride;
   }
+#if defined(__AVX512F__)
+  return attend_chunk(p, plan, row, kv_head, chunk, key_rows, value_rows, static_cast<int>(end - begin));
+#else
+  char* memory = static_cast<char*>(thread_scratch(core_bytes(plan.group, plan.query_cells, plan.columns)));
+  if (memory == nullptr) return false;
+  float *packed_keys, *packed_values;
+  Rows rows = lay_out<T>(memory, plan.group, plan.query_cells, plan.columns, &packed_keys, &packed_values);
+  for (int64_t r = 0; r < plan.group; ++r) {
+    pack_query(static_cast<const T*>(p.q) + row * p.q_stride + (kv_head * plan.group + r) * p.q_head_stride, p.dim,
+               plan.scale.sign, rows.query + r * rows.query_cells);
+    rows.limit[r] = static_cast<int32_t>(end);
+  }
   for (int64_t key = begin; key < end; key += kKeys) {
     const int tile = static_cast<int>(smaller<int64_t>(kKeys, end - key));
     const int next = static_cast<int>(smaller<int64_t>(kKeys, end - key - tile));
     prefetch_rows(key_rows + (key - begin) + tile, next, p.dim);
-    if constexpr (!kPairs<T>) {
-      if (plan.group <= kDirectRows) {
-        prefetch_rows(value_rows + (key - begin) + tile, next, p.v_dim);
-        attend_in_place(rows, key_rows + (key - begin), value_rows + (key - begin), p.dim, p.v_dim, key, tile,
-                        plan.scale.factor);
-        continue;
-      }
+    if (plan.group <= kDirectRows) {
+      prefetch_rows(value_rows + (key - begin) + tile, next, p.v_dim);
+      attend_in_place(rows, key_rows + (key - begin), value_rows + (key - begin), p.dim, p.v_dim, key, tile,
+                      plan.scale.factor);
+      continue;
     }
     pack_keys(key_rows + (key - begin), tile, p.dim, packed_keys);
     prefetch_rows(value_rows + (key - begin) + tile, next, p.v_dim);
@@ -127,6 +303,7 @@ bool run_chunk(const glimpse_decode_attention_params& p, const Plan& plan, int64
     part[plan.columns + 1] = weight_sum(rows, r);
   }
   return true;
+#endif
 }
 
 // Joins the parts of one row and head, first chunk first.
@@ -157,8 +334,11 @@ void join(const glimpse_decode_attention_params& p, const Plan& plan, int64_t ro
 
 template <class T>
 glimpse_status run(const glimpse_decode_attention_params& p) {
-  int64_t longest = 0;
-  for (int64_t row = 0; row < p.batch; ++row) longest = larger<int64_t>(longest, p.lengths[row]);
+  int64_t longest = 0, total = 0;  // keys
+  for (int64_t row = 0; row < p.batch; ++row) {
+    longest = larger<int64_t>(longest, p.lengths[row]);
+    total += p.lengths[row];
+  }
   Plan plan;
   plan.group = p.q_heads / p.kv_heads;
   plan.chunks = (longest + kChunk - 1) / kChunk;
@@ -172,12 +352,17 @@ glimpse_status run(const glimpse_decode_attention_params& p) {
     const int64_t floats = p.batch * p.q_heads * plan.chunks * plan.part_size;
     plan.parts = static_cast<float*>(aligned_alloc(64, static_cast<size_t>(round_up(floats * 4, 64))));
     if (plan.parts == nullptr) return fail(GLIMPSE_OUT_OF_MEMORY, "decode_attention: no memory for partial results");
-    parallel_for(p.batch * p.kv_heads * plan.chunks, [&](int64_t task) {
+    auto task_body = [&](int64_t task) {
       // the heads of a chunk one after the other: their keys are neighbours in memory
       const int64_t kv_head = task % p.kv_heads, part = task / p.kv_heads;
       if (!run_chunk<T>(p, plan, part / plan.chunks, kv_head, part % plan.chunks))
         __atomic_store_n(&short_of_memory, true, __ATOMIC_RELAXED);
-    });
+    };
+    const int64_t tasks = p.batch * p.kv_heads * plan.chunks;
+    if (total * p.kv_heads * (p.dim + p.v_dim) > kOneThread)
+      parallel_for(tasks, task_body);
+    else
+      for (int64_t task = 0; task < tasks; ++task) task_body(task);
   }
   if (!short_of_memory) {
     // a few hundred values a head: worth other threads only for larger batches

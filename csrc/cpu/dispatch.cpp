@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/common.h"
+#include "cpu/recording.h"
 #include "glimpse_ops.h"
 
 namespace glimpse {
@@ -115,10 +116,13 @@ extern "C" glimpse_status glimpse_set_isa(const char* name) {
   return status;
 }
 
-#define X(op)                                                                  \
-  extern "C" glimpse_status glimpse_##op(const glimpse_##op##_params* p) {     \
-    if (p == nullptr) return glimpse::fail(GLIMPSE_INVALID, #op ": no params"); \
-    return glimpse::table_in_use()->op(*p);                                    \
+#define X(op)                                                                                             \
+  static glimpse_status run_##op(const void* p) {                                                         \
+    return glimpse::table_in_use()->op(*static_cast<const glimpse_##op##_params*>(p));                    \
+  }                                                                                                       \
+  extern "C" glimpse_status glimpse_##op(const glimpse_##op##_params* p) {                                \
+    if (p == nullptr) return glimpse::fail(GLIMPSE_INVALID, #op ": no params");                           \
+    return glimpse::recording() ? glimpse::run_and_record(#op, run_##op, p, sizeof *p) : run_##op(p);     \
   }
 #include "glimpse_ops.inc"
 #undef X

@@ -9,7 +9,7 @@ namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
 GLIMPSE_INLINE vf as_stored(float, vf x) { return x; }
-GLIMPSE_INLINE vf as_stored(bf16, vf x) { return as_vf(round_bits(x) << 16); }
+GLIMPSE_INLINE vf as_stored(bf16, vf x) { return rounded_to_bf16(x); }
 
 // residual += x where there is one; returns the sum of squares of what is to be normalised.
 template <class T, bool kResidual>
@@ -43,6 +43,13 @@ template <class T>
 GLIMPSE_INLINE void scale_row(const T* x, const T* weight, T* out, int64_t cols, float factor) {
   const vf by = splat(factor);
   int64_t c = 0;
+  for (; c + 4 * kLanes <= cols; c += 4 * kLanes) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+      const int64_t at = c + i * kLanes;
+      store(out + at, as_stored(T{}, load(x + at) * by) * load(weight + at));
+    }
+  }
   for (; c + kLanes <= cols; c += kLanes)
     store(out + c, as_stored(T{}, load(x + c) * by) * load(weight + c));
   if (c < cols) {

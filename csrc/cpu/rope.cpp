@@ -7,20 +7,49 @@
 namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
-// Rotates one head from x to y (x == y is allowed).
+// Rotates one head from x to y (x == y is allowed), `vectors` vectors of each half at a time; the last may hold `last` < kLanes
+// lanes. All are read before the first is written: a load that touches bytes of a store still under way has to wait for it.
+template <class T, int vectors>
+GLIMPSE_INLINE void rotate(const T* x, T* y, const float* cos, const float* sin, int64_t half, int last) {
+  vf first[vectors], second[vectors];
+#pragma GCC unroll 4
+  for (int j = 0; j < vectors; ++j) {
+    const int64_t i = j * kLanes;
+    const bool whole = j + 1 < vectors || last == kLanes;
+    const vf a = whole ? load(x + i) : load_n(x + i, last), b = whole ? load(x + half + i) : load_n(x + half + i, last);
+    const vf c = whole ? load(cos + i) : load_n(cos + i, last), s = whole ? load(sin + i) : load_n(sin + i, last);
+    first[j] = a * c - b * s;
+    second[j] = b * c + a * s;
+  }
+#pragma GCC unroll 4
+  for (int j = 0; j < vectors; ++j) {
+    const int64_t i = j * kLanes;
+    if (j + 1 < vectors || last == kLanes) {
+      store(y + i, first[j]);
+      store(y + half + i, second[j]);
+    } else {
+      store_n(y + i, first[j], last);
+      store_n(y + half + i, second[j], last);
+    }
+  }
+}
+
 template <class T>
 GLIMPSE_INLINE void rotate_head(const T* x, T* y, const float* cos, const float* sin, int64_t half) {
   int64_t i = 0;
-  for (; i + kLanes <= half; i += kLanes) {
-    const vf a = load(x + i), b = load(x + half + i), c = load(cos + i), s = load(sin + i);
-    store(y + i, a * c - b * s);
-    store(y + half + i, b * c + a * s);
-  }
-  if (i < half) {
-    const int n = static_cast<int>(half - i);
-    const vf a = load_n(x + i, n), b = load_n(x + half + i, n), c = load_n(cos + i, n), s = load_n(sin + i, n);
-    store_n(y + i, a * c - b * s, n);
-    store_n(y + half + i, b * c + a * s, n);
+  for (; half - i > 4 * kLanes; i += 4 * kLanes) rotate<T, 4>(x + i, y + i, cos + i, sin + i, half, kLanes);
+  x += i, y += i, cos += i, sin += i;
+  const int64_t left = half - i;
+  const int last = static_cast<int>((left - 1) % kLanes) + 1;
+  switch ((left + kLanes - 1) / kLanes) {
+    case 1:
+      return rotate<T, 1>(x, y, cos, sin, half, last);
+    case 2:
+      return rotate<T, 2>(x, y, cos, sin, half, last);
+    case 3:
+      return rotate<T, 3>(x, y, cos, sin, half, last);
+    case 4:
+      return rotate<T, 4>(x, y, cos, sin, half, last);
   }
 }
 

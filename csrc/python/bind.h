@@ -24,14 +24,8 @@ T* pointer(address a) {
 
 inline glimpse_dtype dtype_of(int code) { return static_cast<glimpse_dtype>(code); }
 
-// Runs an op without the GIL; ValueError, TypeError or MemoryError with the kernel's own words if it fails.
-template <class Params>
-void call(glimpse_status (*op)(const Params*), const Params& params) {
-  glimpse_status status;
-  {
-    py::gil_scoped_release release;
-    status = op(&params);
-  }
+// ValueError, TypeError or MemoryError with the kernel's own words unless `status` is GLIMPSE_OK.
+inline void check(glimpse_status status) {
   switch (status) {
     case GLIMPSE_OK:
       return;
@@ -42,6 +36,17 @@ void call(glimpse_status (*op)(const Params*), const Params& params) {
     default:
       throw py::value_error(glimpse_last_error());
   }
+}
+
+// Runs an op without the GIL; fails as `check` does.
+template <class Params>
+void call(glimpse_status (*op)(const Params*), const Params& params) {
+  glimpse_status status;
+  {
+    py::gil_scoped_release release;
+    status = op(&params);
+  }
+  check(status);
 }
 
 }  // namespace glimpse::python

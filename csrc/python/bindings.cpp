@@ -13,6 +13,7 @@ namespace glimpse::python {
 #define X(op) void bind_##op(py::module_& m);
 #include "glimpse_ops.inc"
 #undef X
+void bind_recording(py::module_& m);
 
 namespace {
 
@@ -61,6 +62,7 @@ PYBIND11_MODULE(_C, m) {
 #define X(op) bind_##op(m);
 #include "glimpse_ops.inc"
 #undef X
+  bind_recording(m);
   const char* wanted = std::getenv("GLIMPSE_CPU_ISA");
   if (wanted != nullptr) {
     try {

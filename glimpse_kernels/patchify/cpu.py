@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from glimpse_kernels._ext import extension
+from glimpse_kernels._tensors import DTYPE_CODES
+from glimpse_kernels.patchify import RESAMPLE
 
 
 def patchify(
@@ -16,23 +18,30 @@ def patchify(
     *,
     mean: Sequence[float],
     std: Sequence[float],
-    patch_size: int = 14,
-    temporal_patch_size: int = 2,
-    merge_size: int = 2,
-    rescale: float = 1 / 255,
-    out: Tensor | None = None,
+    size: tuple[int, int],
+    resample: str,
+    down_first: bool,
+    patch_size: int,
+    temporal_patch_size: int,
+    merge_size: int,
+    rescale: float,
+    dtype: torch.dtype,
+    out: Tensor | None,
 ) -> Tensor:
-    """See `glimpse_kernels.patchify`; arguments are checked there."""
+    """See `glimpse_kernels.patchify`; arguments are checked there, `size` and `dtype` are those of the result."""
     height, width, channels = image.shape
     area = patch_size * patch_size
     if out is None:
-        out = torch.empty(height * width // area, channels * temporal_patch_size * area, dtype=torch.float32)
+        out = torch.empty(size[0] * size[1] // area, channels * temporal_patch_size * area, dtype=dtype)
     extension().patchify(
         image.data_ptr(),
         out.data_ptr(),
-        height,
-        width,
+        (height, width),
         image.stride(0),
+        size,
+        RESAMPLE.index(resample),
+        down_first,
+        DTYPE_CODES[dtype],
         patch_size,
         temporal_patch_size,
         merge_size,

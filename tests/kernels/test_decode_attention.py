@@ -114,6 +114,22 @@ def test_scale_zero_is_the_mean(kernel: Case) -> None:
 
 
 @all_cases
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (5, 1)], ids=str)
+@pytest.mark.parametrize("length", [1, 2, 3, 5, 63, 257])
+def test_infinite_last_value_arrives_alone(kernel: Case, heads: tuple[int, int], length: int) -> None:
+    """Keys are taken in twos and fours: what fills up the last of them must add nothing, not even 0 * inf."""
+    assert kernel.dtype is not None
+    pool = make_pool([length], heads, (40, 40), kernel.dtype)
+    plain = pool.run()
+    last = length - 1
+    pool.v[int(pool.table[0, last // 16]), last % 16, :, 7] = float("inf")
+    out = pool.run()
+    assert (out[:, :, 7] == float("inf")).all()
+    others = [d for d in range(40) if d != 7]
+    assert torch.equal(out[:, :, others], plain[:, :, others])
+
+
+@all_cases
 def test_empty_batch(kernel: Case) -> None:
     assert kernel.dtype is not None
     assert make_pool([], (4, 2), (16, 8), kernel.dtype).run().shape == (0, 4, 8)

@@ -63,6 +63,25 @@ def test_scale_output_and_strides(kernel: Case) -> None:
 
 
 @all_cases
+@pytest.mark.parametrize("heads", [(1, 1), (8, 2), (6, 1), (15, 3)], ids=str)
+def test_a_token_does_not_depend_on_its_neighbours(kernel: Case, heads: tuple[int, int]) -> None:
+    """Tokens of three sequences in any order and any number, one by one and together."""
+    assert kernel.dtype is not None
+    q = torch.randn(3, heads[0], 40).to(kernel.dtype)
+    k = torch.randn(50, heads[1], 40).to(kernel.dtype)
+    index, seq = torch.randint(50, (23,)).int(), torch.randint(3, (23,)).int()
+    together = glimpse_scores(q, k, index, seq)
+    alone = torch.cat([glimpse_scores(q, k, index[n : n + 1], seq[n : n + 1]) for n in range(23)])
+    keys = k.double()[index.long()].repeat_interleave(heads[0] // heads[1], 1)
+    exact = (q.double()[seq.long()] * keys).sum(-1) * 40**-0.5
+    torch.testing.assert_close(together.double(), exact, rtol=1e-5, atol=1e-5)
+    if kernel.backend == "naive":
+        torch.testing.assert_close(together, alone)
+    else:
+        assert torch.equal(together, alone)
+
+
+@all_cases
 def test_no_tokens(kernel: Case) -> None:
     assert kernel.dtype is not None
     q, k = (torch.randn(1, 2, 8).to(kernel.dtype) for _ in range(2))

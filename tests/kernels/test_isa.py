@@ -228,15 +228,17 @@ CORE = {
     "glimpse::thread_scratch",
     "glimpse::thread_pool_name",
     "glimpse::fail",
+    "glimpse::recording",
+    "glimpse::run_and_record",
     *(
         f"glimpse::{{}}::{name}"
         for name in (
             "work_entry match_library loaded_library Pool::run Pool::~Pool openmp own_pool parallel_for machine_threads "
-            "always best find table_in_use has_avx2 has_avx512 has_avx512bf16"
+            "always best find table_in_use can_be_recorded has_avx2 has_avx512 has_avx512bf16"
         ).split()
     ),
 }
-"""Functions of common.cpp, dispatch.cpp and parallel.cpp; the anonymous namespace is written {}."""
+"""Functions of common.cpp, dispatch.cpp, parallel.cpp and recording.cpp; the anonymous namespace is written {}."""
 
 
 def shared_names(symbols: str) -> list[str]:

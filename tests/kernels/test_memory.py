@@ -89,6 +89,13 @@ for isa in ("avx512bf16", "avx512", "avx2", "baseline"):
         gk.rope(real(t, hq, 2 * d), real(t, hkv, 2 * d), *angles, v=real(t, hkv, dv), **target)
         pair = real(2, t, hkv, d), real(2, 2, hkv, d)
         gk.compact(ints(0, t - 1), ints(1, 0), pair[0], None, pair[1], None, [(real(t, d), real(2, d))])
+        sides = random.choice([1, 2, 5, 16, 40, 61]), random.choice([1, 2, 5, 16, 21, 40, 61])
+        picture = guard(torch.randint(0, 256, (*sides, 3), dtype=torch.uint8))
+        grid = dict(size=random.choice([(3, 6), (33, 15), (18, 24)]), patch_size=3, merge_size=1, temporal_patch_size=2)
+        cells = grid["size"][0] * grid["size"][1] // 9
+        plain = dict(mean=(0.5,) * 3, std=(0.5,) * 3, resample=random.choice(["bicubic", "lanczos", "box"]))
+        gk.patchify(picture, **grid, **plain, down_first=turn % 2 == 0, out=real(cells, 54))
+        del picture
         del q, k, v, at_q, at_k, out, want, table, pool, lse, scores, angles, target, pair
         alive.clear()
 print("done")

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import numpy as np
+import PIL
 import pytest
 import torch
+from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from glimpse_kernels import patchify
@@ -83,6 +85,141 @@ def test_every_value_of_every_channel(kernel: Case) -> None:
             patch = x[14 * row : 14 * row + 14, 14 * col : 14 * col + 14].permute(2, 0, 1)
             for frame in range(2):
                 assert torch.allclose(got[row, col, :, frame].double(), patch, atol=5e-7)
+
+
+FILTERS = {
+    "box": Image.Resampling.BOX,
+    "bilinear": Image.Resampling.BILINEAR,
+    "hamming": Image.Resampling.HAMMING,
+    "bicubic": Image.Resampling.BICUBIC,
+    "lanczos": Image.Resampling.LANCZOS,
+}
+PILLOW_13 = int(PIL.__version__.split(".")[0]) >= 13
+
+
+def assert_pillow(image: torch.Tensor, size: tuple[int, int], resample: str) -> None:
+    """The op with patches of one pixel and no normalising gives the bytes of Pillow."""
+    height, width = image.shape[:2]
+    down_first = PILLOW_13 and height - size[0] > max(0, 2 * (width - size[1]))
+    want = np.asarray(
+        Image.fromarray(image.contiguous().numpy()).resize((size[1], size[0]), FILTERS[resample])
+    )
+    got = patchify(
+        image,
+        mean=(0.0, 0.0, 0.0),
+        std=(1.0, 1.0, 1.0),
+        size=size,
+        resample=resample,
+        down_first=down_first,
+        patch_size=1,
+        temporal_patch_size=1,
+        merge_size=1,
+        rescale=1.0,
+    )
+    np.testing.assert_array_equal(got.view(*size, 3).numpy(), want)
+
+
+@all_cases
+@pytest.mark.parametrize("resample", FILTERS)
+@pytest.mark.parametrize(
+    ("given", "size"),
+    [
+        ((61, 90), (28, 33)),  # both ways, down and up
+        ((33, 28), (65, 77)),
+        ((45, 17), (17, 45)),
+        ((17, 45), (45, 17)),
+        ((200, 40), (30, 35)),  # vertical pass first in Pillow 13
+        ((200, 5), (30, 7)),
+        ((1, 1), (5, 3)),
+        ((1, 70), (4, 16)),
+        ((70, 1), (16, 4)),
+        ((40, 50), (1, 1)),
+        ((300, 3), (2, 19)),
+        ((3, 300), (19, 2)),
+        ((31, 47), (31, 20)),  # one side stays
+        ((31, 47), (12, 47)),
+        ((31, 47), (31, 47)),
+        ((500, 260), (14, 17)),
+    ],
+)
+def test_resize_equals_pillow(
+    kernel: Case, given: tuple[int, int], size: tuple[int, int], resample: str
+) -> None:
+    assert_pillow(picture(*given), size, resample)
+
+
+@all_cases
+@pytest.mark.parametrize("resample", FILTERS)
+def test_resize_clips_as_pillow_does(kernel: Case, resample: str) -> None:
+    """Black and white only: filters with negative weights overshoot at every edge."""
+    image = (picture(53, 64) > 127).to(torch.uint8) * 255
+    for size in ((90, 20), (20, 90), (15, 15), (101, 103)):
+        assert_pillow(image, size, resample)
+
+
+@all_cases
+def test_resize_of_a_cropped_view(kernel: Case) -> None:
+    whole = picture(70, 60)
+    assert_pillow(whole[5:66], (28, 31), "bicubic")
+    wide = torch.empty(70, 200, dtype=torch.uint8)
+    view = wide.as_strided((70, 60, 3), (200, 3, 1), 7)
+    view.copy_(whole)
+    assert_pillow(view, (28, 31), "bicubic")
+
+
+@all_cases
+@pytest.mark.parametrize("given", [(100, 150), (333, 222), (29, 41), (61, 600), (400, 60)])
+def test_resize_equals_the_processor(kernel: Case, given: tuple[int, int]) -> None:
+    image = picture(*given)
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=56 * 56, max_pixels=140 * 140, image_mean=list(MEAN), image_std=list(STD)
+    )
+    batch = processor(images=[image.numpy()], return_tensors="np")
+    _, rows, columns = batch["image_grid_thw"][0].tolist()
+    size = (14 * rows, 14 * columns)
+    down_first = PILLOW_13 and given[0] - size[0] > max(0, 2 * (given[1] - size[1]))
+    got = patchify(image, mean=MEAN, std=STD, size=size, down_first=down_first)
+    np.testing.assert_allclose(got.numpy(), batch["pixel_values"], rtol=3e-7, atol=2e-7)
+    half = patchify(image, mean=MEAN, std=STD, size=size, down_first=down_first, dtype=torch.bfloat16)
+    assert torch.equal(half, got.bfloat16())
+
+
+@all_cases
+@pytest.mark.parametrize("given", [(97, 150), (400, 60)])
+def test_resize_does_not_depend_on_the_number_of_threads(kernel: Case, given: tuple[int, int]) -> None:
+    image = picture(*given)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(
+                patchify(
+                    image, mean=MEAN, std=STD, size=(168, 56), down_first=given[1] == 60, resample="lanczos"
+                )
+            )
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def test_bad_sizes() -> None:
+    image = picture(30, 31)
+    with pytest.raises(ValueError, match="size: .* multiples of 28, .* found 28 x 30"):
+        patchify(image, mean=MEAN, std=STD, size=(28, 30))
+    with pytest.raises(ValueError, match="size: .* found 0 x 28"):
+        patchify(image, mean=MEAN, std=STD, size=(0, 28))
+    with pytest.raises(ValueError, match=r"size: expected \(height, width\)"):
+        patchify(image, mean=MEAN, std=STD, size=(28,))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="resample: expected one of .* found 'nearest'"):
+        patchify(image, mean=MEAN, std=STD, size=(28, 28), resample="nearest")
+    with pytest.raises(ValueError, match="image: .* found 0 x 31"):
+        patchify(image[:0], mean=MEAN, std=STD, size=(28, 28))
+    with pytest.raises(TypeError, match="dtype: expected float32 or bfloat16"):
+        patchify(image, mean=MEAN, std=STD, size=(28, 28), dtype=torch.float16)
+    with pytest.raises(TypeError, match="out: expected dtype bfloat16"):
+        out = torch.zeros(4, 1176)
+        patchify(image, mean=MEAN, std=STD, size=(28, 28), dtype=torch.bfloat16, out=out)
 
 
 def test_bad_arguments() -> None:

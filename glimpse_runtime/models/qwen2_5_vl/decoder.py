@@ -10,11 +10,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from glimpse_kernels import mrope_cos_sin, rms_norm, swiglu
+from glimpse_kernels import mrope_cos_sin, rms_norm
 from glimpse_runtime.models.qwen2_5_vl.config import TextConfig
-from glimpse_runtime.models.qwen2_5_vl.linear import Linear, LinearGroup
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup
 
 
 @dataclass(frozen=True)
@@ -25,7 +24,7 @@ class DecoderLayer:
     qkv: LinearGroup
     o_proj: Linear
     post_norm: torch.Tensor
-    gate_up: LinearGroup
+    gated: GatedLinear
     down: Linear
 
 
@@ -46,6 +45,42 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class Buffers:
+    """Where the sublayers' results go when they always go to the same place; T rows each.
+
+    Attributes:
+        x: `[T, width]` normed input of a sublayer.
+        qkv: `[T, heads * head_dim]` each.
+        attended: `[T, heads, head_dim]`.
+        inner: `[T, intermediate]`.
+        delta: `[T, width]` output of a sublayer.
+        logits: `[T, vocabulary]`.
+    """
+
+    x: torch.Tensor
+    qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+    attended: torch.Tensor
+    inner: torch.Tensor
+    delta: torch.Tensor
+    logits: torch.Tensor
+
+    @classmethod
+    def allocate(cls, config: TextConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Buffers:
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.empty(rows, *shape, dtype=dtype, device=device)
+
+        queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        return cls(
+            x=empty(config.hidden_size),
+            qkv=(empty(queries), empty(keys), empty(keys)),
+            attended=empty(config.num_heads, config.head_dim),
+            inner=empty(config.intermediate_size),
+            delta=empty(config.hidden_size),
+            logits=empty(config.vocab_size),
+        )
+
+
+@dataclass(frozen=True)
 class Decoder:
     """Token embedding, layers, final norm and output head."""
 
@@ -53,7 +88,7 @@ class Decoder:
     embed: torch.Tensor
     layers: tuple[DecoderLayer, ...]
     norm: torch.Tensor
-    lm_head: torch.Tensor
+    lm_head: Linear
     inv_freq: torch.Tensor
 
     @property
@@ -68,23 +103,27 @@ class Decoder:
         """cos and sin `[T, head_dim / 2]` of `positions [3, T]`."""
         return mrope_cos_sin(positions, self.inv_freq, self.config.mrope_section)
 
-    def normed(self, stream: Stream, weight: torch.Tensor) -> torch.Tensor:
+    def normed(self, stream: Stream, weight: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Complete the residual stream and norm it: `[T, width]`."""
         if stream.delta is None:
-            return rms_norm(stream.hidden, weight, self.config.eps)
+            return rms_norm(stream.hidden, weight, self.config.eps, out=out)
         delta, stream.delta = stream.delta, None
-        return rms_norm(delta, weight, self.config.eps, residual=stream.hidden)
+        return rms_norm(delta, weight, self.config.eps, residual=stream.hidden, out=out)
 
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         """`[T, heads * head_dim]` → `[T, heads, head_dim]`, a view."""
         return x.unflatten(-1, (-1, self.config.head_dim))
 
-    def finish_layer(self, layer: DecoderLayer, stream: Stream, attended: torch.Tensor) -> None:
+    def finish_layer(
+        self, layer: DecoderLayer, stream: Stream, attended: torch.Tensor, into: Buffers | None = None
+    ) -> None:
         """Output projection and MLP of the rows in `stream`; `attended [T, Hq, D]`."""
-        stream.delta = layer.o_proj(attended.flatten(1))
-        gate, up = layer.gate_up(self.normed(stream, layer.post_norm))
-        stream.delta = layer.down(swiglu(gate, up))
+        x, inner, delta = (None, None, None) if into is None else (into.x, into.inner, into.delta)
+        stream.delta = layer.o_proj(attended.flatten(1), out=delta)
+        normed = self.normed(stream, layer.post_norm, x)
+        stream.delta = layer.down(layer.gated(normed, out=inner), out=delta)
 
-    def logits(self, stream: Stream) -> torch.Tensor:
+    def logits(self, stream: Stream, into: Buffers | None = None) -> torch.Tensor:
         """`[T, vocabulary]` in the model's dtype."""
-        return F.linear(self.normed(stream, self.norm), self.lm_head)
+        x, logits = (None, None) if into is None else (into.x, into.logits)
+        return self.lm_head(self.normed(stream, self.norm, x), out=logits)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Matrix products of the model; torch's GEMMs behind two small shapes."""
+"""Matrix products of the model: weights where they were loaded, and the op that multiplies with them."""
 
 from __future__ import annotations
 
@@ -7,57 +7,56 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
+
+from glimpse_kernels import Int8Weight, gated_linear, linear, linear_group
 
 
 @dataclass(frozen=True)
 class Linear:
-    """`x @ weight.T + bias`; weight `[out, in]`."""
+    """`x @ weight.T + bias`; weight `[out, in]`, plain or 8-bit."""
 
-    weight: torch.Tensor
+    weight: torch.Tensor | Int8Weight
     bias: torch.Tensor | None = None
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def __call__(
+        self, x: torch.Tensor, *, activation: str | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[T, out]` for `x [T, in]`; `activation` as in `glimpse_kernels.linear`."""
+        return linear(x, self.weight, self.bias, activation=activation, out=out)
 
 
 class LinearGroup:
-    """Several products of the same input: one GEMM where the weights lie together, one each where they do not.
+    """Several products of the same input in one call. The weights stay apart, as the checkpoint has them."""
 
-    A checkpoint read from files is laid together at load. The weights of an already loaded Hugging Face model are
-    used where they are, because laying them together would copy them.
-    """
+    def __init__(self, parts: Sequence[Linear]) -> None:
+        self.parts = tuple(parts)
+        self._weights = [part.weight for part in parts]
+        self._biases = [part.bias for part in parts]
 
-    def __init__(self, parts: Sequence[Linear], *, fuse: bool) -> None:
-        self.sizes = [part.weight.shape[0] for part in parts]
-        if fuse:
-            weight = torch.cat([part.weight for part in parts])
-            bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])  # type: ignore[misc]
-            self._fused: Linear | None = Linear(weight, bias)
-            self.parts = [
-                Linear(w, b) for w, b in zip(weight.split(self.sizes), self._split(bias), strict=True)
-            ]
-        else:
-            self._fused = None
-            self.parts = list(parts)
+    @property
+    def sizes(self) -> list[int]:
+        """Outputs of each product."""
+        return [weight.shape[0] for weight in self._weights]
 
-    def _split(self, bias: torch.Tensor | None) -> Sequence[torch.Tensor | None]:
-        return [None] * len(self.sizes) if bias is None else bias.split(self.sizes)
-
-    def __call__(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """All products of `x [T, in]`; views of one buffer when fused."""
-        if self._fused is not None:
-            return self._fused(x).split(self.sizes, dim=-1)
-        return tuple(part(x) for part in self.parts)
+    def __call__(
+        self, x: torch.Tensor, *, outs: Sequence[torch.Tensor] | None = None
+    ) -> tuple[torch.Tensor, ...]:
+        """All products of `x [T, in]`."""
+        return linear_group(x, self._weights, self._biases, outs=outs)
 
     def tail(self, first: int) -> LinearGroup:
-        """The products from number `first` on, on the same storage."""
-        group = object.__new__(LinearGroup)
-        group.sizes = self.sizes[first:]
-        group.parts = self.parts[first:]
-        skip = sum(self.sizes[:first])
-        group._fused = None
-        if self._fused is not None:
-            bias = self._fused.bias
-            group._fused = Linear(self._fused.weight[skip:], None if bias is None else bias[skip:])
-        return group
+        """The products from number `first` on, on the same weights."""
+        return LinearGroup(self.parts[first:])
+
+
+@dataclass(frozen=True)
+class GatedLinear:
+    """`silu(gate(x)) * up(x)`: the first half of a gated MLP."""
+
+    gate: Linear
+    up: Linear
+
+    def __call__(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        """`[T, inner]` for `x [T, in]`."""
+        gate, up = self.gate, self.up
+        return gated_linear(x, gate.weight, up.weight, gate.bias, up.bias, out=out)

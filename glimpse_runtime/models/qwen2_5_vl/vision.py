@@ -7,12 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 
-from glimpse_kernels import attention, rms_norm, rope, swiglu
+from glimpse_kernels import attention, rms_norm, rope
 from glimpse_runtime.models.qwen2_5_vl.config import VisionConfig
 from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
-from glimpse_runtime.models.qwen2_5_vl.linear import Linear, LinearGroup
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,7 @@ class VisionBlock:
     qkv: Linear
     proj: Linear
     norm2: torch.Tensor
-    gate_up: LinearGroup
+    gated: GatedLinear
     down: Linear
 
 
@@ -51,6 +50,10 @@ class VisionTower:
     merger_in: Linear
     merger_out: Linear
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.merger_norm.dtype
+
     def __call__(
         self, pixel_values: torch.Tensor, layout: VisionLayout, taps: Iterable[int] = ()
     ) -> VisionOutput:
@@ -61,7 +64,7 @@ class VisionTower:
         wanted = frozenset(taps)
         found: dict[int, torch.Tensor] = {}
         config = self.config
-        hidden = self.patch_embed(pixel_values.to(self.patch_embed.weight.dtype))
+        hidden = self.patch_embed(pixel_values.to(self.dtype))
         hidden = hidden.index_select(0, layout.patch_order)
         delta: torch.Tensor | None = None
         for number, block in enumerate(self.blocks):
@@ -73,14 +76,15 @@ class VisionTower:
             cu = layout.cu_frames if number in config.full_attention_blocks else layout.cu_windows
             delta = block.proj(self._attend(block, x, layout, cu))
             x = rms_norm(delta, block.norm2, config.eps, residual=hidden)
-            gate, up = block.gate_up(x)
-            delta = block.down(swiglu(gate, up))
+            delta = block.down(block.gated(x))
         x = rms_norm(
             hidden if delta is None else delta, self.merger_norm, config.eps, residual=_after(hidden, delta)
         )
         if len(self.blocks) - 1 in wanted:
             found[len(self.blocks) - 1] = self._pool(hidden, layout)
-        merged = self.merger_out(F.gelu(self.merger_in(x.view(-1, x.shape[-1] * config.merge_unit))))
+        merged = self.merger_out(
+            self.merger_in(x.view(-1, x.shape[-1] * config.merge_unit), activation="gelu")
+        )
         return VisionOutput(merged.index_select(0, layout.token_rank), found)
 
     def _attend(

@@ -11,7 +11,7 @@ import torch
 from glimpse_runtime.errors import CheckpointError
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder, DecoderLayer
-from glimpse_runtime.models.qwen2_5_vl.linear import Linear, LinearGroup
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionBlock, VisionTower
 
 # Checkpoints spell the two halves differently: the hub's older files, and what transformers 5 holds in memory.
@@ -37,15 +37,13 @@ class WeightReader:
     Args:
         keys: names as the source spells them.
         read: gives the tensor of a source name in the wanted dtype and on the wanted device.
-        fuse: products of the same input are laid together (a copy, after which the parts are dropped).
     """
 
-    def __init__(self, keys: Collection[str], read: Callable[[str], torch.Tensor], *, fuse: bool) -> None:
+    def __init__(self, keys: Collection[str], read: Callable[[str], torch.Tensor]) -> None:
         self._source = {canonical(key): key for key in keys}
         self._read = read
         self._left = set(self._source)
         self._missing: list[str] = []
-        self.fuse = fuse
 
     def take(self, name: str, *shape: int) -> torch.Tensor:
         """The tensor `name`, which must have `shape`."""
@@ -68,8 +66,9 @@ class WeightReader:
             self.take(f"{name}.weight", rows, cols), self.take(f"{name}.bias", rows) if bias else None
         )
 
-    def group(self, parts: list[Linear]) -> LinearGroup:
-        return LinearGroup(parts, fuse=self.fuse)
+    def gated(self, at: str, inner: int, width: int, *, bias: bool) -> GatedLinear:
+        gate, up = (self.linear(f"{at}.{name}_proj", inner, width, bias=bias) for name in ("gate", "up"))
+        return GatedLinear(gate, up)
 
     def finish(self) -> None:
         """Raise `CheckpointError` if a key was missing or is left over."""
@@ -100,12 +99,7 @@ def read_vision(reader: WeightReader, config: ModelConfig) -> VisionTower:
                 qkv=reader.linear(f"{at}.attn.qkv", 3 * width, width, bias=True),
                 proj=reader.linear(f"{at}.attn.proj", width, width, bias=True),
                 norm2=reader.take(f"{at}.norm2.weight", width),
-                gate_up=reader.group(
-                    [
-                        reader.linear(f"{at}.mlp.{name}_proj", inner, width, bias=True)
-                        for name in ("gate", "up")
-                    ]
-                ),
+                gated=reader.gated(f"{at}.mlp", inner, width, bias=True),
                 down=reader.linear(f"{at}.mlp.down_proj", width, inner, bias=True),
             )
         )
@@ -129,7 +123,7 @@ def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
         layers.append(
             DecoderLayer(
                 input_norm=reader.take(f"{at}.input_layernorm.weight", width),
-                qkv=reader.group(
+                qkv=LinearGroup(
                     [
                         reader.linear(f"{at}.self_attn.{name}_proj", rows, width, bias=True)
                         for name, rows in (("q", q), ("k", kv), ("v", kv))
@@ -137,12 +131,7 @@ def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
                 ),
                 o_proj=reader.linear(f"{at}.self_attn.o_proj", width, q, bias=False),
                 post_norm=reader.take(f"{at}.post_attention_layernorm.weight", width),
-                gate_up=reader.group(
-                    [
-                        reader.linear(f"{at}.mlp.{name}_proj", c.intermediate_size, width, bias=False)
-                        for name in ("gate", "up")
-                    ]
-                ),
+                gated=reader.gated(f"{at}.mlp", c.intermediate_size, width, bias=False),
                 down=reader.linear(f"{at}.mlp.down_proj", width, c.intermediate_size, bias=False),
             )
         )
@@ -158,6 +147,6 @@ def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
         embed=embed,
         layers=tuple(layers),
         norm=reader.take("text.norm.weight", width),
-        lm_head=head,
+        lm_head=Linear(head),
         inv_freq=(1.0 / (c.rope_theta**exponents)).to(embed.device),
     )
