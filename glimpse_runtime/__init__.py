@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Glimpse: visual token pruning that turns into time and memory.
 
-    model = glimpse_runtime.GlimpseModel.from_pretrained(base, glimpse=modules)
-    out = model.generate(**processor_inputs, max_new_tokens=64, return_dict_in_generate=True)
-    out.sequences, out.pruning
+model = glimpse_runtime.GlimpseModel.from_pretrained(base, glimpse=modules)
+out = model.generate(**processor_inputs, max_new_tokens=64, return_dict_in_generate=True)
+out.sequences, out.pruning
 """
 
 from __future__ import annotations

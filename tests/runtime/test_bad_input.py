@@ -205,7 +205,10 @@ def changed(**changes):
             changed(image_grid_thw=torch.tensor([[1, 6, 12]]), pixel_values=torch.zeros(72, 1176)),
             r"image 0 has grid \(1, 6, 12\), that is 18 image tokens; found 15 in a row",
         ),
-        (changed(input_ids=torch.ones(1, 29, dtype=torch.int64)), "image grids: 1 more than the image tokens"),
+        (
+            changed(input_ids=torch.ones(1, 29, dtype=torch.int64)),
+            "image grids: 1 more than the image tokens",
+        ),
         (changed(pixel_values=None, image_grid_thw=None), "more image tokens"),
         (
             {"input_ids": torch.ones(1, 5000, dtype=torch.int64)},

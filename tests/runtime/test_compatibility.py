@@ -34,7 +34,12 @@ def test_short_text_after_a_video_continues_like_transformers(model, hf_model):
         "video_grid_thw": torch.tensor([[8, 2, 2]]),
         "second_per_grid_ts": torch.tensor([1.0]),
     }
-    options = {"max_new_tokens": 5, "min_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    options = {
+        "max_new_tokens": 5,
+        "min_new_tokens": 5,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
     expected = hf_model.generate(**inputs, mm_token_type_ids=(ids == 607).int() * 2, **options)
     ours = model.generate(**inputs, plan=None, **options)
     for a, b in zip(ours.logits, expected.logits, strict=True):
@@ -81,7 +86,9 @@ def test_an_accelerated_model_stays_in_step_with_its_weights(golden_inputs):
 def test_positional_arguments(model, hf_model, golden_inputs):
     inputs = for_hf(golden_inputs("wide_5x11"))
     ids, config = inputs.pop("input_ids"), GenerationConfig(max_new_tokens=4, do_sample=False)
-    assert torch.equal(model.generate(ids, config, plan=None, **inputs), hf_model.generate(ids, config, **inputs))
+    assert torch.equal(
+        model.generate(ids, config, plan=None, **inputs), hf_model.generate(ids, config, **inputs)
+    )
 
 
 def test_outputs_are_ordinary_tensors(model, golden_inputs):
@@ -148,7 +155,9 @@ def test_a_prompt_that_ends_in_a_picture_keeps_its_last_token(model):
     pixels = torch.randn(24, 1176, generator=generator)
     inputs = {"pixel_values": pixels, "image_grid_thw": torch.tensor([[1, 4, 6]])}
     for ids in ([5, 603, *[606] * 6], [606] * 6):
-        result = model.prefill(torch.tensor([ids]), **inputs, threshold=1.0, min_remain_num=0, max_remain_ratio=0.2)
+        result = model.prefill(
+            torch.tensor([ids]), **inputs, threshold=1.0, min_remain_num=0, max_remain_ratio=0.2
+        )
         assert result.pruning[0].keep.flatten().tolist() == [False] * 5 + [True]
         assert result.decode(2)[0].shape == (1, 2)
 

@@ -50,7 +50,8 @@ def test_every_requirement_is_pinned_inside_its_range():
 
 
 @pytest.mark.parametrize(
-    ("name", "floor"), [("torch", "2.11.0"), ("transformers", "5.17.0"), ("torch", "2.10"), ("transformers", "5.10")]
+    ("name", "floor"),
+    [("torch", "2.11.0"), ("transformers", "5.17.0"), ("torch", "2.10"), ("transformers", "5.10")],
 )
 def test_ranges_reach_back(name, floor):
     (requirement,) = [item for item in asked() if item.name == name]
@@ -66,7 +67,9 @@ def sources() -> list[Path]:
 def test_every_source_file_names_its_licence():
     assert len(sources()) > 50
     silent = [
-        path for path in sources() if "SPDX-License-Identifier: Apache-2.0" not in "".join(path.open().readlines()[:3])
+        path
+        for path in sources()
+        if "SPDX-License-Identifier: Apache-2.0" not in "".join(path.open().readlines()[:3])
     ]
     assert not silent
     assert "Apache License" in (ROOT / "LICENSE").read_text()
@@ -78,15 +81,21 @@ def test_rooms_stay_small():
     def lines(path: Path) -> int:
         return len(path.read_text().splitlines())
 
-    long = [f"{path}: {lines(path)}" for path in (ROOT / "glimpse_runtime").rglob("*.py") if lines(path) > 360]
-    long += [f"{path}: {lines(path)}" for path in (ROOT / "glimpse_kernels").rglob("*.py") if lines(path) > 600]
+    long = [
+        f"{path}: {lines(path)}" for path in (ROOT / "glimpse_runtime").rglob("*.py") if lines(path) > 360
+    ]
+    long += [
+        f"{path}: {lines(path)}" for path in (ROOT / "glimpse_kernels").rglob("*.py") if lines(path) > 600
+    ]
     assert not long
 
 
 @pytest.fixture(scope="module")
 def without_compiler(tmp_path_factory) -> Path:
     """The unpacked wheel of a machine that has neither torch nor a C++ compiler."""
-    pytest.importorskip("scikit_build_core", reason="building needs the build tools, which make venv installs")
+    pytest.importorskip(
+        "scikit_build_core", reason="building needs the build tools, which make venv installs"
+    )
     root = tmp_path_factory.mktemp("wheel")
     source = root / "source"
     skip = shutil.ignore_patterns("golden", "__pycache__", "*.so", ".*", "build", "demo_out")
@@ -94,8 +103,22 @@ def without_compiler(tmp_path_factory) -> Path:
     no_torch = root / "no_torch"
     no_torch.mkdir()
     (no_torch / "torch.py").write_text("raise ImportError('no torch on this machine')\n")
-    environment = {**os.environ, "CXX": "/nonexistent/c++", "CC": "/nonexistent/cc", "PYTHONPATH": str(no_torch)}
-    command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "--wheel-dir", str(root)]
+    environment = {
+        **os.environ,
+        "CXX": "/nonexistent/c++",
+        "CC": "/nonexistent/cc",
+        "PYTHONPATH": str(no_torch),
+    }
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-build-isolation",
+        "--no-deps",
+        "--wheel-dir",
+        str(root),
+    ]
     done = subprocess.run([*command, str(source)], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     (wheel,) = root.glob("*.whl")
@@ -105,7 +128,9 @@ def without_compiler(tmp_path_factory) -> Path:
 
 
 def test_installs_without_a_compiler(without_compiler):
-    names = {str(path.relative_to(without_compiler)) for path in without_compiler.rglob("*") if path.is_file()}
+    names = {
+        str(path.relative_to(without_compiler)) for path in without_compiler.rglob("*") if path.is_file()
+    }
     assert {"glimpse_kernels/__init__.py", "glimpse_runtime/cli.py", "glimpse_lab/demo.py"} <= names
     assert not [name for name in names if name.endswith(".so")]
     assert not [name for name in names if name.startswith("tests")]
@@ -136,4 +161,6 @@ def test_make_lists_its_targets():
     if shutil.which("make") is None:
         pytest.skip("make is not installed")
     shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    assert all(f"\n  {target} " in shown for target in ("venv", "demo", "test", "lint", "train-tiny", "clean"))
+    assert all(
+        f"\n  {target} " in shown for target in ("venv", "demo", "test", "lint", "train-tiny", "clean")
+    )
