@@ -2,110 +2,26 @@
 // The inner part of both attention ops: a block of query rows of one key head against a run of keys, with the online
 // softmax of FlashAttention-2 (Dao, arXiv:2307.08691, section 3.1).
 //
-// Both products have the form C[rows, columns] += A[rows, steps] B[steps, columns] with A read by broadcast and B packed
-// so that its columns are vector lanes. A "cell" is what one lane multiplies in one step: a float, or, where
-// the machine multiplies bf16 pairs, two neighbouring bf16 values. Keys are packed as B[dim][key], values as
-// B[key][v_dim]. Packed tiles are zero past the last key and the last dimension, so nothing outside is ever read.
+// Both products are made of the register tiles of tiles.h. Keys are packed as B[dim][key], values as B[key][v_dim], both
+// in cells. Packed tiles are zero past the last key and the last dimension, so nothing outside is ever read.
 #pragma once
 
-#include "cpu/cells.h"
+#include "cpu/tiles.h"
 
 namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
-// Row and column vectors of one register tile, and keys of a packed tile.
-#if defined(__AVX512F__)
-constexpr int kTileRows = 6, kTileVectors = 4;
-#else
-constexpr int kTileRows = 6, kTileVectors = 2;
-#endif
+// Keys of a packed tile.
 constexpr int kKeys = 64;
 constexpr int kKeyVectors = kKeys / kLanes;
 
 // ---- packing -------------------------------------------------------------------------------------------------------
 
-// Lane patterns of one step of the butterfly transpose: blocks of `bit` lanes change places between rows i and i + bit.
-constexpr int low_lane(int lane, int bit) { return lane & bit ? kLanes + (lane ^ bit) : lane; }
-constexpr int high_lane(int lane, int bit) { return lane & bit ? kLanes + lane : lane | bit; }
-
-template <int bit>
-GLIMPSE_INLINE void swap_blocks(vf& a, vf& b) {
-#if defined(__AVX512F__)
-#define GLIMPSE_LANES(f)                                                                                         \
-  {                                                                                                              \
-    f(0, bit), f(1, bit), f(2, bit), f(3, bit), f(4, bit), f(5, bit), f(6, bit), f(7, bit), f(8, bit), f(9, bit), \
-        f(10, bit), f(11, bit), f(12, bit), f(13, bit), f(14, bit), f(15, bit)                                   \
-  }
-#elif defined(__AVX2__)
-#define GLIMPSE_LANES(f) \
-  { f(0, bit), f(1, bit), f(2, bit), f(3, bit), f(4, bit), f(5, bit), f(6, bit), f(7, bit) }
-#else
-#define GLIMPSE_LANES(f) \
-  { f(0, bit), f(1, bit), f(2, bit), f(3, bit) }
-#endif
-#if defined(__clang__)
-  // one pattern a step, spelled as loops: clang's shuffle needs literal indices
-  vf low, high;
-  for (int lane = 0; lane < kLanes; ++lane) {
-    low[lane] = lane & bit ? b[lane ^ bit] : a[lane];
-    high[lane] = lane & bit ? b[lane] : a[lane | bit];
-  }
-#else
-  const vi low_lanes = GLIMPSE_LANES(low_lane), high_lanes = GLIMPSE_LANES(high_lane);
-  const vf low = __builtin_shuffle(a, b, low_lanes), high = __builtin_shuffle(a, b, high_lanes);
-#endif
-#undef GLIMPSE_LANES
-  a = low;
-  b = high;
-}
-
-template <int bit>
-GLIMPSE_INLINE void transpose_step(vf* rows) {
-#pragma GCC unroll 16
-  for (int i = 0; i < kLanes; ++i)
-    if (!(i & bit)) swap_blocks<bit>(rows[i], rows[i | bit]);
-}
-
-GLIMPSE_INLINE void transpose(vf* rows) {
-  transpose_step<1>(rows);
-  transpose_step<2>(rows);
-  if constexpr (kLanes > 4) transpose_step<4>(rows);
-  if constexpr (kLanes > 8) transpose_step<8>(rows);
-}
-
 // Keys as B[cell of dim][key]: rows[0 .. count) are the key rows.
 template <class T>
 void pack_keys(const T* const* rows, int count, int64_t dim, float* packed) {
-  constexpr int kElements = kPairs<T> ? 2 * kLanes : kLanes;  // of a vector of cells
-  const int64_t cells = cells_of<T>(dim);
-  for (int key = 0; key < kKeys; key += kLanes) {
-    const int present = count - key;
-    if (present <= 0) {
-      for (int64_t cell = 0; cell < cells; ++cell) store(packed + cell * kKeys + key, vf{});
-      continue;
-    }
-    for (int64_t cell = 0; cell < cells; cell += kLanes) {
-      const int64_t element = cell / kLanes * kElements;
-      vf block[kLanes];
-      if (present >= kLanes && element + kElements <= dim) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = load_cells(rows[key + i], element, element + kElements);
-      } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) block[i] = i < present ? load_cells(rows[key + i], element, dim) : vf{};
-      }
-      transpose(block);
-      float* to = packed + cell * kKeys + key;
-      if (cell + kLanes <= cells) {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) store(to + i * kKeys, block[i]);
-      } else {
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i)
-          if (cell + i < cells) store(to + i * kKeys, block[i]);
-      }
-    }
-  }
+  for (int key = 0; key < kKeys; key += kLanes)
+    pack_columns(rows + key, smaller(count - key, kLanes), dim, packed + key, kKeys);
 }
 
 // Values as B[cell of keys][v_dim], `columns` (v_dim rounded up to lanes) cells a row.
@@ -164,104 +80,6 @@ void pack_query(const T* row, int64_t dim, float sign, float* cells) {
     int64_t d = 0;
     for (; d + kLanes <= dim; d += kLanes) store(cells + d, load(row + d) * sign);
     if (d < dim) store_n(cells + d, load_n(row + d, static_cast<int>(dim - d)) * sign, static_cast<int>(dim - d));
-  }
-}
-
-// ---- products ------------------------------------------------------------------------------------------------------
-
-template <bool pairs>
-GLIMPSE_INLINE vf multiply_add(float a, vf b, vf sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (pairs) {
-    const __m512 both = _mm512_set1_ps(a);
-    return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(both), reinterpret_cast<__m512bh>(b));
-  }
-#endif
-  return fma(splat(a), b, sum);
-}
-
-// C[height][width vectors] = A B, or = keep[row] * C + A B. `a` and `b` hold cells.
-template <bool pairs, int height, int width>
-void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t steps, const float* keep,
-                   float* c, int64_t c_stride) {
-  vf sum[height][width];
-#pragma GCC unroll 8
-  for (int i = 0; i < height; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < width; ++j) sum[i][j] = keep == nullptr ? vf{} : load(c + i * c_stride + j * kLanes) * keep[i];
-  for (int64_t step = 0; step < steps; ++step) {
-    vf column[width];
-#pragma GCC unroll 8
-    for (int j = 0; j < width; ++j) column[j] = load(b + j * kLanes);
-#pragma GCC unroll 8
-    for (int i = 0; i < height; ++i) {
-      const float x = a[i * a_stride];
-#pragma GCC unroll 8
-      for (int j = 0; j < width; ++j) sum[i][j] = multiply_add<pairs>(x, column[j], sum[i][j]);
-    }
-    ++a;
-    b += b_stride;
-  }
-#pragma GCC unroll 8
-  for (int i = 0; i < height; ++i)
-#pragma GCC unroll 8
-    for (int j = 0; j < width; ++j) store(c + i * c_stride + j * kLanes, sum[i][j]);
-}
-
-// Operands of one product of `height` rows.
-struct Product {
-  const float* a;
-  int64_t a_stride;
-  const float* b;
-  int64_t b_stride, steps;
-  const float* keep;
-  float* c;
-  int64_t c_stride;
-};
-
-template <bool pairs, int height>
-void multiply_rows(Product p, int64_t vectors) {
-  // all columns in near-equal parts of at most kTileVectors
-  for (int64_t parts = (vectors + kTileVectors - 1) / kTileVectors; parts > 0; --parts) {
-    const int64_t width = (vectors + parts - 1) / parts;
-    switch (width) {
-      case 1:
-        multiply_tile<pairs, height, 1>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
-        break;
-      case 2:
-        multiply_tile<pairs, height, 2>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
-        break;
-#if defined(__AVX512F__)
-      case 3:
-        multiply_tile<pairs, height, 3>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
-        break;
-      case 4:
-        multiply_tile<pairs, height, 4>(p.a, p.a_stride, p.b, p.b_stride, p.steps, p.keep, p.c, p.c_stride);
-        break;
-#endif
-    }
-    vectors -= width;
-    p.b += width * kLanes;
-    p.c += width * kLanes;
-  }
-}
-
-// Any 1 .. kTileRows rows, any number of column vectors.
-template <bool pairs>
-void multiply(const Product& p, int height, int64_t vectors) {
-  switch (height) {
-    case 1:
-      return multiply_rows<pairs, 1>(p, vectors);
-    case 2:
-      return multiply_rows<pairs, 2>(p, vectors);
-    case 3:
-      return multiply_rows<pairs, 3>(p, vectors);
-    case 4:
-      return multiply_rows<pairs, 4>(p, vectors);
-    case 5:
-      return multiply_rows<pairs, 5>(p, vectors);
-    case 6:
-      return multiply_rows<pairs, 6>(p, vectors);
   }
 }
 
@@ -397,18 +215,17 @@ void attend(Rows& rows, const float* keys, const float* values, int64_t key, int
     const int64_t seen = smaller<int64_t>(count, most - key);
     if (seen <= 0) continue;
     const int vectors = static_cast<int>((seen + kLanes - 1) / kLanes);
-    multiply<kPairs<T>>({rows.query + first * rows.query_cells, rows.query_cells, keys, kKeys, rows.query_cells, nullptr,
-                         logits, kKeys},
-                        height, vectors);
+    multiply<T>({bytes_of(rows.query + first * rows.query_cells), rows.query_cells * 4, keys, kKeys, rows.query_cells,
+                 nullptr, logits, kKeys},
+                height, vectors);
     if (least - key >= kKeys)
       softmax_tile<T, false>(rows, first, height, logits, weights, kWeightCells, kKeyVectors, key, factor);
     else
       softmax_tile<T, true>(rows, first, height, logits, weights, kWeightCells, vectors, key, factor);
     const int64_t steps = kPairs<T> ? vectors * (kLanes / 2) : vectors * kLanes;
-    multiply<kPairs<T>>({weights, kWeightCells, values, rows.columns, steps,
-                         rows.started[first] ? rows.keep + first : nullptr, rows.result + first * rows.columns,
-                         rows.columns},
-                        height, rows.columns / kLanes);
+    multiply<T>({bytes_of(weights), kWeightCells * 4, values, rows.columns, steps,
+                 rows.started[first] ? rows.keep + first : nullptr, rows.result + first * rows.columns, rows.columns},
+                height, rows.columns / kLanes);
     rows.started[first] = true;
   }
 }

@@ -42,12 +42,26 @@ GLIMPSE_INLINE vf load_cells(const T* row, int64_t element, int64_t elements) {
   return left <= 0 ? vf{} : load_n(row + element, static_cast<int>(left));
 }
 
+// sum + a b, lane by lane.
 template <class T>
 GLIMPSE_INLINE vf multiply_add_cells(vf a, vf b, vf sum) {
 #if defined(__AVX512BF16__)
   if constexpr (kPairs<T>) return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
 #endif
   return fma(a, b, sum);
+}
+
+// The cell at an address (pairs at any even one) in all lanes, whatever its bits mean.
+GLIMPSE_INLINE vf splat_cell(const char* p) {
+  float cell;
+  memcpy(&cell, p, 4);
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(cell);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(cell);
+#else
+  return splat(cell);
+#endif
 }
 
 #if defined(__AVX512F__)

@@ -185,7 +185,7 @@ GLIMPSE_INLINE void accumulate(const WeightRows<T>& w, const T* x, int64_t x_str
     for (int i = 0; i < height; ++i) {
       const vf cells = load_cells(x + i * x_stride, d, d + kStep);
 #pragma GCC unroll 8
-      for (int j = 0; j < width; ++j) sum[i][j] = multiply_add<kPairs<T>>(cells, row[j], sum[i][j]);
+      for (int j = 0; j < width; ++j) sum[i][j] = multiply_add_cells<T>(cells, row[j], sum[i][j]);
     }
   }
   if (d < end) {
@@ -194,7 +194,7 @@ GLIMPSE_INLINE void accumulate(const WeightRows<T>& w, const T* x, int64_t x_str
       const vf cells = load_cells(x + i * x_stride, d, end);
 #pragma GCC unroll 8
       for (int j = 0; j < width; ++j)
-        sum[i][j] = multiply_add<kPairs<T>>(cells, load_cells(w.row(j), d, end), sum[i][j]);
+        sum[i][j] = multiply_add_cells<T>(cells, load_cells(w.row(j), d, end), sum[i][j]);
     }
   }
 }
@@ -433,10 +433,10 @@ void multiply_panel(const char* a, int64_t a_stride, int64_t rows, int64_t depth
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int height = static_cast<int>(smaller<int64_t>(kTileRows, rows - r));
     if (last && !odd) {
-      multiply_whole<kPairs<T>, kTileVectors>(product, height, results);
+      multiply_whole<T, kTileVectors>(product, height, results);
       results.out += kTileRows * results.stride;
     } else {
-      multiply_whole<kPairs<T>, kTileVectors>(product, height, ToSums());
+      multiply_whole<T, kTileVectors>(product, height, ToSums());
     }
     product.a += kTileRows * a_stride;
     product.c += kTileRows * kPanel;

@@ -1,10 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
-// Register tiles of a matrix product C[rows, columns] += A[rows, steps] B[steps, columns], with A read by broadcast and B
-// packed so that its columns are vector lanes. A "cell" is what one lane multiplies in one step: a float, or, where the
-// machine multiplies bf16 pairs, two neighbouring bf16 values.
+// Register tiles of a matrix product C[rows, columns] += A[rows, steps] B[steps, columns], of cells (cells.h), with A read
+// by broadcast and B packed so that its columns are vector lanes.
 #pragma once
 
-#include "cpu/vec.h"
+#include "cpu/cells.h"
 
 namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
@@ -16,41 +15,7 @@ constexpr int kTileRows = 6, kTileVectors = 4;
 constexpr int kTileRows = 6, kTileVectors = 2;
 #endif
 
-#if defined(__AVX512BF16__)
-constexpr bool kHasPairs = true;
-#else
-constexpr bool kHasPairs = false;
-#endif
-
-template <class T>
-constexpr bool kPairs = false;
-template <>
-constexpr bool kPairs<bf16> = kHasPairs;
-
-template <class T>
-GLIMPSE_INLINE int64_t cells_of(int64_t elements) {
-  return kPairs<T> ? (elements + 1) / 2 : elements;
-}
-
-GLIMPSE_INLINE int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
 // ---- packing -------------------------------------------------------------------------------------------------------
-
-// One vector of cells: elements [element, ...) of a row of `elements`. Past the end: zero.
-template <class T>
-GLIMPSE_INLINE vf load_cells(const T* row, int64_t element, int64_t elements) {
-#if defined(__AVX512BF16__)
-  if constexpr (kPairs<T>) {
-    const int64_t left = elements - element;
-    if (left >= 2 * kLanes) return reinterpret_cast<vf>(_mm512_loadu_si512(row + element));
-    if (left <= 0) return vf{};
-    return reinterpret_cast<vf>(_mm512_maskz_loadu_epi16((1u << left) - 1u, row + element));
-  }
-#endif
-  const int64_t left = elements - element;
-  if (left >= kLanes) return load(row + element);
-  return left <= 0 ? vf{} : load_n(row + element, static_cast<int>(left));
-}
 
 // Lane patterns of one step of the butterfly transpose: blocks of `bit` lanes change places between rows i and i + bit.
 constexpr int low_lane(int lane, int bit) { return lane & bit ? kLanes + (lane ^ bit) : lane; }
@@ -137,26 +102,6 @@ void pack_columns(const T* const* rows, int count, int64_t depth, float* packed,
 
 // ---- products ------------------------------------------------------------------------------------------------------
 
-// One cell in all lanes, whatever its bits mean.
-GLIMPSE_INLINE vf cell_splat(float cell) {
-#if defined(__AVX512F__)
-  return _mm512_set1_ps(cell);
-#elif defined(__AVX2__)
-  return _mm256_set1_ps(cell);
-#else
-  return splat(cell);
-#endif
-}
-
-// sum + a b of cells, lane by lane.
-template <bool pairs>
-GLIMPSE_INLINE vf multiply_add(vf a, vf b, vf sum) {
-#if defined(__AVX512BF16__)
-  if constexpr (pairs) return _mm512_dpbf16_ps(sum, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
-#endif
-  return fma(a, b, sum);
-}
-
 // Operands of one product of `height` rows: C = A B, or keep[row] * C + A B. A holds cells, its rows lie `a_stride` bytes
 // apart (pairs at any even address).
 struct Product {
@@ -169,6 +114,8 @@ struct Product {
   int64_t c_stride;
 };
 
+GLIMPSE_INLINE const char* bytes_of(const float* cells) { return reinterpret_cast<const char*>(cells); }
+
 // Puts the sums of a tile back into C. A sink gets vectors column .. column + width of row `row`, counted from p.c.
 struct ToSums {
   template <int width>
@@ -178,7 +125,7 @@ struct ToSums {
   }
 };
 
-template <bool pairs, int height, int width, class Sink>
+template <class T, int height, int width, class Sink>
 void multiply_tile(const Product& p, int64_t column, const Sink& sink) {
   const char* a = p.a;
   const float* b = p.b + column;
@@ -195,11 +142,9 @@ void multiply_tile(const Product& p, int64_t column, const Sink& sink) {
     for (int j = 0; j < width; ++j) columns[j] = load(b + j * kLanes);
 #pragma GCC unroll 8
     for (int i = 0; i < height; ++i) {
-      float x;
-      memcpy(&x, a + i * a_stride, 4);
-      const vf all = cell_splat(x);
+      const vf x = splat_cell(a + i * a_stride);
 #pragma GCC unroll 8
-      for (int j = 0; j < width; ++j) sum[i][j] = multiply_add<pairs>(all, columns[j], sum[i][j]);
+      for (int j = 0; j < width; ++j) sum[i][j] = multiply_add_cells<T>(x, columns[j], sum[i][j]);
     }
     a += 4;
     b += b_stride;
@@ -208,7 +153,7 @@ void multiply_tile(const Product& p, int64_t column, const Sink& sink) {
   for (int i = 0; i < height; ++i) sink.put(p, i, column, sum[i]);
 }
 
-template <bool pairs, int height, class Sink>
+template <class T, int height, class Sink>
 void multiply_rows(const Product& p, int64_t vectors, const Sink& sink) {
   // all columns in near-equal parts of at most kTileVectors
   int64_t column = 0;
@@ -216,17 +161,17 @@ void multiply_rows(const Product& p, int64_t vectors, const Sink& sink) {
     const int64_t width = (vectors + parts - 1) / parts;
     switch (width) {
       case 1:
-        multiply_tile<pairs, height, 1>(p, column, sink);
+        multiply_tile<T, height, 1>(p, column, sink);
         break;
       case 2:
-        multiply_tile<pairs, height, 2>(p, column, sink);
+        multiply_tile<T, height, 2>(p, column, sink);
         break;
 #if defined(__AVX512F__)
       case 3:
-        multiply_tile<pairs, height, 3>(p, column, sink);
+        multiply_tile<T, height, 3>(p, column, sink);
         break;
       case 4:
-        multiply_tile<pairs, height, 4>(p, column, sink);
+        multiply_tile<T, height, 4>(p, column, sink);
         break;
 #endif
     }
@@ -236,40 +181,40 @@ void multiply_rows(const Product& p, int64_t vectors, const Sink& sink) {
 }
 
 // Any 1 .. kTileRows rows, `width` column vectors.
-template <bool pairs, int width, class Sink>
+template <class T, int width, class Sink>
 void multiply_whole(const Product& p, int height, const Sink& sink) {
   switch (height) {
     case 1:
-      return multiply_tile<pairs, 1, width>(p, 0, sink);
+      return multiply_tile<T, 1, width>(p, 0, sink);
     case 2:
-      return multiply_tile<pairs, 2, width>(p, 0, sink);
+      return multiply_tile<T, 2, width>(p, 0, sink);
     case 3:
-      return multiply_tile<pairs, 3, width>(p, 0, sink);
+      return multiply_tile<T, 3, width>(p, 0, sink);
     case 4:
-      return multiply_tile<pairs, 4, width>(p, 0, sink);
+      return multiply_tile<T, 4, width>(p, 0, sink);
     case 5:
-      return multiply_tile<pairs, 5, width>(p, 0, sink);
+      return multiply_tile<T, 5, width>(p, 0, sink);
     case 6:
-      return multiply_tile<pairs, 6, width>(p, 0, sink);
+      return multiply_tile<T, 6, width>(p, 0, sink);
   }
 }
 
 // Any 1 .. kTileRows rows, any number of column vectors.
-template <bool pairs, class Sink = ToSums>
+template <class T, class Sink = ToSums>
 void multiply(const Product& p, int height, int64_t vectors, const Sink& sink = Sink()) {
   switch (height) {
     case 1:
-      return multiply_rows<pairs, 1>(p, vectors, sink);
+      return multiply_rows<T, 1>(p, vectors, sink);
     case 2:
-      return multiply_rows<pairs, 2>(p, vectors, sink);
+      return multiply_rows<T, 2>(p, vectors, sink);
     case 3:
-      return multiply_rows<pairs, 3>(p, vectors, sink);
+      return multiply_rows<T, 3>(p, vectors, sink);
     case 4:
-      return multiply_rows<pairs, 4>(p, vectors, sink);
+      return multiply_rows<T, 4>(p, vectors, sink);
     case 5:
-      return multiply_rows<pairs, 5>(p, vectors, sink);
+      return multiply_rows<T, 5>(p, vectors, sink);
     case 6:
-      return multiply_rows<pairs, 6>(p, vectors, sink);
+      return multiply_rows<T, 6>(p, vectors, sink);
   }
 }
 
