@@ -131,6 +131,9 @@ def main(
     ),
     pictures: Annotated[int, typer.Option(min=1, help="Held-out pictures of each of the 13 sizes.")] = 24,
     dtype: Annotated[str, typer.Option(help="float32 or bfloat16.")] = "float32",
+    quantize: Annotated[
+        str | None, typer.Option(help="int8: the decoder's weights in 8 bits. Default: as they are.")
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="Write every question and answer here as JSON lines.")
     ] = None,
@@ -139,7 +142,9 @@ def main(
     from glimpse_runtime import GlimpseModel
     from glimpse_runtime.processor import Processor
 
-    model = GlimpseModel.from_pretrained(base, glimpse=glimpse, dtype=getattr(torch, dtype))
+    model = GlimpseModel.from_pretrained(
+        base, glimpse=glimpse, dtype=getattr(torch, dtype), quantize=quantize
+    )
     records = evaluate(model, Processor.from_pretrained(base), pictures=pictures)
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)

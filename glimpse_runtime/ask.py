@@ -65,13 +65,21 @@ class Asker:
 
     @classmethod
     def load(
-        cls, base: str | Path, modules: str | Path | None, *, dtype: str = "auto", device: str = "cpu"
+        cls,
+        base: str | Path,
+        modules: str | Path | None,
+        *,
+        dtype: str = "auto",
+        device: str = "cpu",
+        quantize: str | None = None,
     ) -> Asker:
         """Loads the processor first: it is quick, and names most mistakes about folders."""
         if dtype not in DTYPES:
             raise GlimpseError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
         processor = Processor.from_pretrained(base)
-        model = GlimpseModel.from_pretrained(base, glimpse=modules, dtype=DTYPES[dtype], device=device)
+        model = GlimpseModel.from_pretrained(
+            base, glimpse=modules, dtype=DTYPES[dtype], device=device, quantize=quantize
+        )
         return cls(model, processor, has_modules=modules is not None)
 
     def inputs(self, images: Sequence[Any], question: str) -> Any:

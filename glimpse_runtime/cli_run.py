@@ -70,6 +70,9 @@ def run(
     ),
     seed: int = typer.Option(0, help="Seed of the sampling.", rich_help_panel=_SAMPLING),
     dtype: str = typer.Option("auto", help="auto (the checkpoint's own), float32 or bfloat16."),
+    quantize: Optional[str] = typer.Option(  # noqa: UP045
+        None, help="int8 keeps the decoder's weights in 8 bits: faster answers, half the memory."
+    ),
     device: str = typer.Option("cpu", help="Where to run."),
 ) -> None:
     """Answer a question about pictures.
@@ -90,7 +93,7 @@ def run(
     images = image or []
     if save_overlay and not images:
         raise GlimpseError("--save-overlay: expected at least one --image, found none")
-    asker, pruned = _load(base, glimpse, dtype, device, unpruned=unpruned, quiet=as_json)
+    asker, pruned = _load(base, glimpse, dtype, quantize, device, unpruned=unpruned, quiet=as_json)
     if not pruned and (compare or save_overlay or limits):
         raise GlimpseError("--glimpse: expected a folder of modules to prune with, found none")
     inputs = asker.inputs(images, question)
@@ -124,7 +127,14 @@ def run(
 
 
 def _load(
-    base: str | None, glimpse: str | None, dtype: str, device: str, *, unpruned: bool, quiet: bool
+    base: str | None,
+    glimpse: str | None,
+    dtype: str,
+    quantize: str | None,
+    device: str,
+    *,
+    unpruned: bool,
+    quiet: bool,
 ) -> tuple[Asker, bool]:
     from glimpse_runtime.ask import Asker, shipped_model
 
@@ -132,7 +142,8 @@ def _load(
         shipped, modules = shipped_model()
         base, glimpse = str(shipped), glimpse or str(modules)
     with console.busy(f"loading {base}", quiet=quiet):
-        asker = Asker.load(base, None if unpruned else glimpse, dtype=dtype, device=device)
+        wanted = None if unpruned else glimpse
+        asker = Asker.load(base, wanted, dtype=dtype, quantize=quantize, device=device)
     return asker, asker.has_modules
 
 

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import GenerationConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 
+from glimpse_kernels import quantize_int8
 from glimpse_runtime.errors import CheckpointError, GlimpseError
 from glimpse_runtime.hub import read_json, resolve_folder
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
@@ -21,23 +22,31 @@ from glimpse_runtime.models.qwen2_5_vl.vision import VisionTower
 from glimpse_runtime.models.qwen2_5_vl.weights import WeightReader, read_decoder, read_vision
 
 DTYPES = (torch.float32, torch.bfloat16)
+QUANTIZATIONS = (None, "int8")
 
 
 @dataclass(frozen=True)
 class BaseModel:
-    """A loaded base: config, weights, and the generation defaults that came with it."""
+    """A loaded base: config, weights, and the generation defaults that came with it.
+
+    quantization: how the decoder's matrices are kept: None (in the model's dtype) or "int8".
+    """
 
     config: ModelConfig
     vision: VisionTower
     decoder: Decoder
     generation_config: GenerationConfig
+    quantization: str | None = None
 
 
-def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.device) -> BaseModel:
+def load_base(
+    name: str | Path, *, dtype: torch.dtype | str, device: torch.device, quantize: str | None = None
+) -> BaseModel:
     """Read `config.json` and the safetensors files of a folder or hub id.
 
     Args:
         dtype: `torch.float32`, `torch.bfloat16`, or "auto" for the checkpoint's own.
+        quantize: None, or "int8": the decoder's matrices in 8 bits (see `check_quantization`).
 
     Raises:
         CheckpointError: another model family, missing or left-over keys, or wrong shapes.
@@ -62,11 +71,13 @@ def load_base(name: str | Path, *, dtype: torch.dtype | str, device: torch.devic
             # A copy, or every tensor would keep the whole mapped file resident.
             return files[key].get_tensor(key).to(dtype=wanted, device=device, copy=True)
 
-        return _build(WeightReader(files.keys(), read), config, _generation_config(path, hf_config))
+        return _build(WeightReader(files.keys(), read), config, _generation_config(path, hf_config), quantize)
 
 
-def share_base(hf_model: Any) -> BaseModel:
+def share_base(hf_model: Any, *, quantize: str | None = None) -> BaseModel:
     """Use the weights of a loaded `Qwen2_5_VLForConditionalGeneration` where they are; nothing is copied.
+
+    With `quantize` the decoder's matrices are copied to 8 bits, the rest is shared.
 
     Raises:
         CheckpointError: the model is of another family, lies on several devices, or has a dtype without kernels.
@@ -79,7 +90,7 @@ def share_base(hf_model: Any) -> BaseModel:
         raise CheckpointError(f"expected all weights on one device and of one dtype, found {found}")
     check_dtype(next(iter(places))[1])
     reader = WeightReader(tensors.keys(), tensors.__getitem__)
-    return _build(reader, config, hf_model.generation_config)
+    return _build(reader, config, hf_model.generation_config, quantize)
 
 
 def check_device(device: torch.device | str) -> torch.device:
@@ -101,10 +112,27 @@ def check_dtype(dtype: torch.dtype | str) -> torch.dtype:
     return found
 
 
-def _build(reader: WeightReader, config: ModelConfig, generation_config: GenerationConfig) -> BaseModel:
-    vision, decoder = read_vision(reader, config), read_decoder(reader, config)
+def check_quantization(quantize: object) -> str | None:
+    """`quantize` as one of the ways to keep the decoder's matrices.
+
+    "int8": symmetric 8-bit integers with one scale for 128 inputs of an output (`glimpse_kernels.quantize_int8`). Rows
+    are still multiplied in the model's dtype, so it halves what a decoded token reads and leaves prefill as it was. The
+    vision tower, the token embedding, norms and biases, and GlimpsePrune's modules stay as they are.
+    """
+    if quantize not in QUANTIZATIONS:
+        known = ", ".join(repr(known) for known in QUANTIZATIONS)
+        raise GlimpseError(f"quantize: expected one of {known}, found {quantize!r}")
+    return quantize
+
+
+def _build(
+    reader: WeightReader, config: ModelConfig, generation_config: GenerationConfig, quantize: str | None
+) -> BaseModel:
+    chosen = check_quantization(quantize)
+    vision = read_vision(reader, config)
+    decoder = read_decoder(reader, config, quantize_int8) if chosen else read_decoder(reader, config)
     reader.finish()
-    return BaseModel(config, vision, decoder, generation_config)
+    return BaseModel(config, vision, decoder, generation_config, chosen)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -53,6 +53,7 @@ class GlimpseModel:
         *,
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
+        quantize: str | None = None,
     ) -> GlimpseModel:
         """Load a Qwen2.5-VL and, if given, GlimpsePrune modules trained for it.
 
@@ -61,18 +62,24 @@ class GlimpseModel:
             glimpse: folder or hub id with `config.json` and `new_modules_gp.pt`; becomes the default plan.
             dtype: `torch.float32`, `torch.bfloat16`, or "auto" for the checkpoint's own.
             device: "cpu".
+            quantize: "int8" keeps the decoder's matrices in 8 bits: about twice the decoding speed, half the memory.
 
         Raises:
             CheckpointError: a file, key or shape is missing, left over, or belongs to another base.
         """
         place = check_device(device)
-        loaded = load_base(base, dtype=dtype, device=place)
+        loaded = load_base(base, dtype=dtype, device=place, quantize=quantize)
         return cls(loaded, cls._load_plan(loaded, glimpse))
 
     @classmethod
-    def from_hf(cls, hf_model: Any, glimpse: str | Path | None = None) -> GlimpseModel:
-        """Wrap a loaded `Qwen2_5_VLForConditionalGeneration`; its weights are used where they are."""
-        shared = share_base(hf_model)
+    def from_hf(
+        cls, hf_model: Any, glimpse: str | Path | None = None, *, quantize: str | None = None
+    ) -> GlimpseModel:
+        """Wrap a loaded `Qwen2_5_VLForConditionalGeneration`; its weights are used where they are.
+
+        `quantize` as in `from_pretrained`: the decoder's matrices are then an 8-bit copy.
+        """
+        shared = share_base(hf_model, quantize=quantize)
         return cls(shared, cls._load_plan(shared, glimpse))
 
     @staticmethod

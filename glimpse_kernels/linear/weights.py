@@ -84,6 +84,6 @@ def quantize_int8(weight: Tensor, group: int = INT8_GROUP) -> Int8Weight:
     if not bool(torch.isfinite(largest).all()):
         raise ValueError("quantize_int8: weight: expected finite entries, found NaN or infinity")
     scales = largest / 127.0
-    inverse = torch.where(scales > 0, 1.0 / scales, torch.zeros_like(scales))
-    values = (runs * inverse[:, :, None]).round_().clamp_(-127, 127).to(torch.int8)
+    steps = runs / torch.where(scales > 0, scales, torch.ones_like(scales))[:, :, None]
+    values = steps.round_().clamp_(-127, 127).to(torch.int8)
     return Int8Weight(values.view(rows, groups * group)[:, :cols].contiguous(), scales.contiguous(), group)

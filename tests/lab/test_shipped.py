@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from PIL import Image
 from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
@@ -73,8 +74,11 @@ def test_stock_transformers_answers_held_out_questions() -> None:
     assert right / asked >= 0.85
 
 
-def test_pruned_answers_hold_and_controls_fall() -> None:
-    model = GlimpseModel.from_pretrained(TINY / "base", glimpse=TINY / "glimpse", dtype=torch.float32)
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_pruned_answers_hold_and_controls_fall(quantize: str | None) -> None:
+    model = GlimpseModel.from_pretrained(
+        TINY / "base", glimpse=TINY / "glimpse", dtype=torch.float32, quantize=quantize
+    )
     records = evaluate(
         model,
         Processor.from_pretrained(TINY / "base"),

@@ -10,12 +10,14 @@ import torch
 
 from glimpse_kernels import Int8Weight, gated_linear, linear, linear_group
 
+Weight = torch.Tensor | Int8Weight
+
 
 @dataclass(frozen=True)
 class Linear:
     """`x @ weight.T + bias`; weight `[out, in]`, plain or 8-bit."""
 
-    weight: torch.Tensor | Int8Weight
+    weight: Weight
     bias: torch.Tensor | None = None
 
     def __call__(

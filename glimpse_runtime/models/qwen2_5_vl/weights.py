@@ -11,7 +11,7 @@ import torch
 from glimpse_runtime.errors import CheckpointError
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder, DecoderLayer
-from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup, Weight
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionBlock, VisionTower
 
 # Checkpoints spell the two halves differently: the hub's older files, and what transformers 5 holds in memory.
@@ -113,9 +113,22 @@ def read_vision(reader: WeightReader, config: ModelConfig) -> VisionTower:
     )
 
 
-def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
-    """The decoder's weights."""
+def read_decoder(
+    reader: WeightReader, config: ModelConfig, pack: Callable[[torch.Tensor], Weight] = lambda weight: weight
+) -> Decoder:
+    """The decoder's weights.
+
+    Args:
+        pack: how the matrices that rows are multiplied with are kept. The token embedding, which is only looked up, and
+            the norms stay as they are.
+    """
     c = config.text
+
+    def product(name: str, rows: int, cols: int, *, bias: bool) -> Linear:
+        plain = reader.linear(name, rows, cols, bias=bias)
+        assert isinstance(plain.weight, torch.Tensor)
+        return Linear(pack(plain.weight), plain.bias)
+
     width, q, kv = c.hidden_size, c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim
     layers = []
     for i in range(c.num_layers):
@@ -125,14 +138,19 @@ def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
                 input_norm=reader.take(f"{at}.input_layernorm.weight", width),
                 qkv=LinearGroup(
                     [
-                        reader.linear(f"{at}.self_attn.{name}_proj", rows, width, bias=True)
+                        product(f"{at}.self_attn.{name}_proj", rows, width, bias=True)
                         for name, rows in (("q", q), ("k", kv), ("v", kv))
                     ]
                 ),
-                o_proj=reader.linear(f"{at}.self_attn.o_proj", width, q, bias=False),
+                o_proj=product(f"{at}.self_attn.o_proj", width, q, bias=False),
                 post_norm=reader.take(f"{at}.post_attention_layernorm.weight", width),
-                gated=reader.gated(f"{at}.mlp", c.intermediate_size, width, bias=False),
-                down=reader.linear(f"{at}.mlp.down_proj", width, c.intermediate_size, bias=False),
+                gated=GatedLinear(
+                    *(
+                        product(f"{at}.mlp.{name}_proj", c.intermediate_size, width, bias=False)
+                        for name in ("gate", "up")
+                    )
+                ),
+                down=product(f"{at}.mlp.down_proj", width, c.intermediate_size, bias=False),
             )
         )
     embed = reader.take("text.embed_tokens.weight", c.vocab_size, width)
@@ -147,6 +165,6 @@ def read_decoder(reader: WeightReader, config: ModelConfig) -> Decoder:
         embed=embed,
         layers=tuple(layers),
         norm=reader.take("text.norm.weight", width),
-        lm_head=Linear(head),
+        lm_head=Linear(pack(head)),
         inv_freq=(1.0 / (c.rope_theta**exponents)).to(embed.device),
     )
