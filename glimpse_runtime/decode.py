@@ -127,6 +127,7 @@ class DecodeLoop:
         batch = pool.lengths.shape[0]
         self._into = Buffers.allocate(decoder.config, batch, decoder.dtype, decoder.device)
         self._hidden = torch.empty_like(self._into.x)
+        self._logits = self._into.x.new_empty(batch, decoder.config.vocab_size)
         self.recording: Recording | None = None
         self._may_record = record and recordings.available(decoder.device, decoder.dtype, _OPS)
 
@@ -150,7 +151,7 @@ class DecodeLoop:
             self._record()
         else:
             self._layers()
-        return self._into.logits
+        return self._logits
 
     def retire(self, finished: torch.Tensor) -> None:
         """Stop computing the rows where `finished [B]` is true."""
@@ -169,7 +170,7 @@ class DecodeLoop:
                 q, pool.k[number], pool.v[number], pool.block_table, now.lengths, out=into.attended
             )
             decoder.finish_layer(layer, stream, into.attended, into)
-        decoder.logits(stream, into)
+        decoder.logits(stream, into, self._logits)
 
     def _record(self) -> None:
         self._may_record = False

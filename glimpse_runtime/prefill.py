@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from glimpse_kernels import Selection, attention, compact, glimpse_scores, rope
 from glimpse_runtime.cache import KvPool, Workspace
 from glimpse_runtime.errors import GlimpseError
-from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder, DecoderLayer, Stream
+from glimpse_runtime.models.qwen2_5_vl.decoder import Buffers, Decoder, DecoderLayer, Stream
 from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionOutput
 from glimpse_runtime.packing import PackedBatch, cumulative
@@ -69,6 +69,7 @@ class Prefill:
         self._cos, self._sin = decoder.rotary(batch.positions)
         self._stream: Stream  # rows between two layers
         self._x: torch.Tensor  # normed input of the stage's layer
+        self._into: Buffers  # of the layers on all rows
         self._workspace: Workspace
         self._stage_layer = -1
 
@@ -98,6 +99,7 @@ class Prefill:
             self.decoder.dtype,
             self.batch.device,
         )
+        self._into = self._buffers(self.batch.num_rows)
         for number in range(self._stage_layer):
             self._full_layer(number)
         self._x = self._enter(self._stage_layer)
@@ -135,7 +137,7 @@ class Prefill:
         if vectors is not None and number in vectors:
             added = vectors[number].repeat(len(self.batch.probed), 1)
             self._stream.hidden.index_add_(0, self.batch.probe_rows.flatten(), added)
-        return self.decoder.normed(self._stream, self._layer(number).input_norm)
+        return self.decoder.normed(self._stream, self._layer(number).input_norm, self._into.x)
 
     def _probe_vectors(self) -> Mapping[int, torch.Tensor] | None:
         if self.plan is None or not self.batch.probed:
@@ -145,15 +147,17 @@ class Prefill:
 
     def _full_layer(self, number: int) -> None:
         """One layer for all rows, keys and values to the workspace."""
-        decoder, layer, stream = self.decoder, self._layer(number), self._stream
-        q, k, v = (decoder.heads(part) for part in layer.qkv(self._enter(number)))
+        decoder, layer, stream, into = self.decoder, self._layer(number), self._stream, self._into
+        layer.qkv(self._enter(number), outs=into.qkv)
+        q, k, v = (decoder.heads(part) for part in into.qkv)
         keys, values = self._workspace.k[number], self._workspace.v[number]
         rope(q, k, stream.cos, stream.sin, v=v, k_out=keys, v_out=values)
         if self.batch.probed:
             self._glance(number, q)
         cu = self.batch.cu_seqlens
-        attended = attention(q, keys, values, cu, cu, causal=True, max_seqlen_q=max(self.batch.lengths))
-        decoder.finish_layer(layer, stream, attended)
+        longest = max(self.batch.lengths)
+        attention(q, keys, values, cu, cu, causal=True, max_seqlen_q=longest, out=into.attended)
+        decoder.finish_layer(layer, stream, into.attended, into)
 
     # -- the stage ---------------------------------------------------------------------------------------------
 
@@ -236,7 +240,7 @@ class Prefill:
             q, keys, values, cu, batch.cu_seqlens, causal=True, q_positions=seen_from.to(torch.int32)
         )
         decoder.finish_layer(layer, self._stream, attended)
-        del self._workspace, self._x
+        del self._workspace, self._x, self._into
         self.timings.after += time.perf_counter() - began
         self._tail(number + 1, selection.cu_seqlens, rows)
 
@@ -256,23 +260,26 @@ class Prefill:
         slots = pool.prefill_slots(cu, rows)
         cu_q, cu_k = _with_gaps(cu), pool.prefill_segments(lengths)
         last = decoder.config.num_layers - 1
+        longest = max(self.batch.lengths)
+        into = self._buffers(rows)
         for number in range(first, last + 1):
             layer = self._layer(number)
-            x = decoder.normed(self._stream, layer.input_norm)
+            x = decoder.normed(self._stream, layer.input_norm, into.x)
             keys, values = pool.k_slots[number], pool.v_slots[number]
             if number < last:
-                q, k, v = (decoder.heads(part) for part in layer.qkv(x))
+                layer.qkv(x, outs=into.qkv)
+                q, k, v = (decoder.heads(part) for part in into.qkv)
                 rope(q, k, self._stream.cos, self._stream.sin, v=v, k_out=keys, v_out=values, slots=slots)
+                attention(q, keys, values, cu_q, cu_k, causal=True, max_seqlen_q=longest, out=into.attended)
+                decoder.finish_layer(layer, self._stream, into.attended, into)
             else:
                 self._write_keys(number, x, keys, values, slots)
                 self._stream, x, _ = self._last_rows(cu, self._stream, x, None)
                 q = decoder.heads(layer.qkv.parts[0](x))
                 rope(q, None, self._stream.cos, self._stream.sin)
                 cu_q = _with_gaps(self._one_each())
-            attended = attention(
-                q, keys, values, cu_q, cu_k, causal=True, max_seqlen_q=max(self.batch.lengths)
-            )
-            decoder.finish_layer(layer, self._stream, attended)
+                attended = attention(q, keys, values, cu_q, cu_k, causal=True, max_seqlen_q=longest)
+                decoder.finish_layer(layer, self._stream, attended)
         self.last_logits = decoder.logits(self._stream)
         del self._stream
         self.timings.after += time.perf_counter() - began
@@ -287,6 +294,9 @@ class Prefill:
 
     def _one_each(self) -> torch.Tensor:
         return torch.arange(self.batch.batch_size + 1, dtype=torch.int32, device=self.batch.device)
+
+    def _buffers(self, rows: int) -> Buffers:
+        return Buffers.allocate(self.decoder.config, rows, self.decoder.dtype, self.batch.device)
 
     def _allocate(self, rows: Any) -> KvPool:
         decoder = self.decoder

@@ -49,13 +49,20 @@ def linear(
     if _torch_is_faster(x, weight):
         assert isinstance(weight, Tensor)
         with torch.no_grad():
-            y = F.linear(x, weight, bias)
-            y = F.gelu(y) if activation == "gelu" else y
-        return y if out is None else out.copy_(y)
+            y = _torch_product(x, weight, bias, out)
+            return torch.ops.aten.gelu.out(y, out=y) if activation == "gelu" else y
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     _run(x, (weight,), (bias,), (out,), GELU if activation == "gelu" else NONE)
     return out
+
+
+def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.T, out=out)
+    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def linear_group(

@@ -46,7 +46,9 @@ class Stream:
 
 @dataclass(frozen=True)
 class Buffers:
-    """Where the sublayers' results go when they always go to the same place; T rows each.
+    """Where the sublayers' results go, the same place in every layer; T rows each.
+
+    Fresh memory for each result would have to be mapped page by page, again and again.
 
     Attributes:
         x: `[T, width]` normed input of a sublayer.
@@ -54,7 +56,6 @@ class Buffers:
         attended: `[T, heads, head_dim]`.
         inner: `[T, intermediate]`.
         delta: `[T, width]` output of a sublayer.
-        logits: `[T, vocabulary]`.
     """
 
     x: torch.Tensor
@@ -62,7 +63,6 @@ class Buffers:
     attended: torch.Tensor
     inner: torch.Tensor
     delta: torch.Tensor
-    logits: torch.Tensor
 
     @classmethod
     def allocate(cls, config: TextConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Buffers:
@@ -76,7 +76,6 @@ class Buffers:
             attended=empty(config.num_heads, config.head_dim),
             inner=empty(config.intermediate_size),
             delta=empty(config.hidden_size),
-            logits=empty(config.vocab_size),
         )
 
 
@@ -123,7 +122,8 @@ class Decoder:
         normed = self.normed(stream, layer.post_norm, x)
         stream.delta = layer.down(layer.gated(normed, out=inner), out=delta)
 
-    def logits(self, stream: Stream, into: Buffers | None = None) -> torch.Tensor:
+    def logits(
+        self, stream: Stream, into: Buffers | None = None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """`[T, vocabulary]` in the model's dtype."""
-        x, logits = (None, None) if into is None else (into.x, into.logits)
-        return self.lm_head(self.normed(stream, self.norm, x), out=logits)
+        return self.lm_head(self.normed(stream, self.norm, None if into is None else into.x), out=out)

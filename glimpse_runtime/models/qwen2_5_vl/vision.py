@@ -40,6 +40,35 @@ class VisionOutput:
 
 
 @dataclass(frozen=True)
+class _Buffers:
+    """Results of the sublayers, the same memory in every block: fresh memory would have to be mapped page by page.
+
+    Attributes:
+        x, delta: `[P, width]` normed input and output of a sublayer.
+        qkv: `[P, 3 * width]`.
+        attended: `[P, heads, head_dim]`.
+        inner: `[P, intermediate]`.
+    """
+
+    x: torch.Tensor
+    delta: torch.Tensor
+    qkv: torch.Tensor
+    attended: torch.Tensor
+    inner: torch.Tensor
+
+    @classmethod
+    def allocate(cls, config: VisionConfig, hidden: torch.Tensor) -> _Buffers:
+        rows, width = hidden.shape
+        return cls(
+            x=torch.empty_like(hidden),
+            delta=torch.empty_like(hidden),
+            qkv=hidden.new_empty(rows, 3 * width),
+            attended=hidden.new_empty(rows, config.num_heads, config.head_dim),
+            inner=hidden.new_empty(rows, config.intermediate_size),
+        )
+
+
+@dataclass(frozen=True)
 class VisionTower:
     """Vision transformer with window attention, full in `config.full_attention_blocks`."""
 
@@ -66,20 +95,17 @@ class VisionTower:
         config = self.config
         hidden = self.patch_embed(pixel_values.to(self.dtype))
         hidden = hidden.index_select(0, layout.patch_order)
+        into = _Buffers.allocate(config, hidden)
         delta: torch.Tensor | None = None
         for number, block in enumerate(self.blocks):
-            x = rms_norm(
-                hidden if delta is None else delta, block.norm1, config.eps, residual=_after(hidden, delta)
-            )
+            x = self._normed(hidden, delta, block.norm1, into)
             if number - 1 in wanted:  # the norm has just completed the stream of the block before
                 found[number - 1] = self._pool(hidden, layout)
             cu = layout.cu_frames if number in config.full_attention_blocks else layout.cu_windows
-            delta = block.proj(self._attend(block, x, layout, cu))
-            x = rms_norm(delta, block.norm2, config.eps, residual=hidden)
-            delta = block.down(block.gated(x))
-        x = rms_norm(
-            hidden if delta is None else delta, self.merger_norm, config.eps, residual=_after(hidden, delta)
-        )
+            delta = block.proj(self._attend(block, x, layout, cu, into), out=into.delta)
+            x = self._normed(hidden, delta, block.norm2, into)
+            delta = block.down(block.gated(x, out=into.inner), out=into.delta)
+        x = self._normed(hidden, delta, self.merger_norm, into)
         if len(self.blocks) - 1 in wanted:
             found[len(self.blocks) - 1] = self._pool(hidden, layout)
         merged = self.merger_out(
@@ -87,18 +113,23 @@ class VisionTower:
         )
         return VisionOutput(merged.index_select(0, layout.token_rank), found)
 
+    def _normed(
+        self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, into: _Buffers
+    ) -> torch.Tensor:
+        """Complete the residual stream and norm it."""
+        if delta is None:
+            return rms_norm(hidden, weight, self.config.eps, out=into.x)
+        return rms_norm(delta, weight, self.config.eps, residual=hidden, out=into.x)
+
     def _attend(
-        self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, cu: torch.Tensor
+        self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, cu: torch.Tensor, into: _Buffers
     ) -> torch.Tensor:
         config = self.config
-        q, k, v = block.qkv(x).view(-1, 3, config.num_heads, config.head_dim).unbind(1)
+        qkv = block.qkv(x, out=into.qkv)
+        q, k, v = qkv.view(-1, 3, config.num_heads, config.head_dim).unbind(1)
         rope(q, k, layout.cos, layout.sin)
-        return attention(q, k, v, cu, cu, causal=False).view(-1, config.hidden_size)
+        return attention(q, k, v, cu, cu, causal=False, out=into.attended).view(-1, config.hidden_size)
 
     def _pool(self, hidden: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         pooled = hidden.view(-1, self.config.merge_unit, hidden.shape[-1]).mean(dim=1)
         return pooled.index_select(0, layout.token_rank)
-
-
-def _after(hidden: torch.Tensor, delta: torch.Tensor | None) -> torch.Tensor | None:
-    return None if delta is None else hidden
