@@ -11,9 +11,9 @@ from typing import Any
 
 from rich.table import Table
 
+from bench.ceilings import Ceilings
 from bench.gate import Verdict
 from bench.op_registry import Case
-from bench.timing import Ceilings
 
 OURS = "ours"
 NAMES = ("op", "case", "shape", "dtype")

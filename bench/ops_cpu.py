@@ -19,16 +19,17 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-import bench.op_cases  # noqa: F401  (these three register their rows)
+import bench.op_cases  # noqa: F401  (these four register their rows)
 import bench.op_cases_dense  # noqa: F401
+import bench.op_cases_linear  # noqa: F401
 import bench.op_cases_select  # noqa: F401
+from bench.ceilings import Look
 from bench.gate import judge
 from bench.op_registry import DTYPES, REGISTRY, TINY, Case, sizes
 from bench.op_report import OURS, Outcome, markdown, terminal
 from bench.timing import (
     CacheFlush,
     Clock,
-    ceilings,
     clock,
     interleaved,
     load_average,
@@ -107,14 +108,15 @@ def main(
     progress = Console(stderr=True)
     load_before = load_average()
     with torch.inference_mode(), dispatch.force_backend(backend):
-        most = ceilings(dtypes, now, quick=quick)
+        look = Look(dtypes, quick=quick, now=now)
+        most = look()
         outcomes = []
         for number, case in enumerate(
             track(cases, description="ops", console=progress, disable=not progress.is_terminal), start=1
         ):
             outcomes.append(measure(case, now, repeats, seconds, flush))
             if number % CEILING_EVERY == 0 or number == len(cases):
-                most = most.better(ceilings(dtypes, now, quick=quick))
+                most = most.better(look())
     facts = machine() | {
         "command": "python -m bench.ops_cpu " + shlex.join(sys.argv[1:]),
         "threads": torch.get_num_threads(),

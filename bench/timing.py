@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Clocks, interleaved timing, the machine's own ceilings, and facts about the machine."""
+"""Clocks, interleaved timing, and facts about the machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import os
 import platform
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -89,43 +88,6 @@ def cache_bytes() -> int:
         if text.endswith("K") and text[:-1].isdigit():
             sizes.append(int(text[:-1]) << 10)
     return max(sizes)
-
-
-@dataclass
-class Ceilings:
-    """The most this machine was seen to do: bytes read a second, and FLOP/s of a matrix product by dtype."""
-
-    read: float
-    gemm: dict[torch.dtype, float]
-
-    def better(self, other: Ceilings) -> Ceilings:
-        """The higher of two measurements (taken throughout a run: other work disturbs, nothing helps)."""
-        gemm = {dtype: max(rate, other.gemm[dtype]) for dtype, rate in self.gemm.items()}
-        return Ceilings(max(self.read, other.read), gemm)
-
-
-def ceilings(dtypes: list[torch.dtype], now: Clock, *, quick: bool = False) -> Ceilings:
-    """Read bandwidth (sum of a buffer eight times the cache) and torch's square GEMM, all threads, best of several runs."""
-    floats = (1 << 20 if quick else 8 * cache_bytes()) // 4
-    edge, repeats = (128, 2) if quick else (1536, 7)
-    buffer = torch.ones(floats)
-    read = 4 * floats / _shortest(lambda: buffer.sum(), now, repeats)
-    rates = {}
-    for dtype in dtypes:
-        a, b = (torch.randn(edge, edge).to(dtype) for _ in range(2))
-        rates[dtype] = 2 * edge**3 / _shortest(lambda a=a, b=b: a @ b, now, repeats)  # type: ignore[misc]
-    return Ceilings(read, rates)
-
-
-def _shortest(function: Callable[[], object], now: Clock, repeats: int) -> float:
-    """Seconds of the quickest of a few calls, after one to warm up."""
-    function()
-    lasted = []
-    for _ in range(repeats):
-        began = now()
-        function()
-        lasted.append(now() - began)
-    return min(lasted)
 
 
 def machine() -> dict[str, object]:

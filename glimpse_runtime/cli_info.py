@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -91,10 +90,11 @@ def _machine() -> dict[str, Any]:
 
     from glimpse_kernels import _ext
     from glimpse_kernels.dispatch import forced_backend
+    from glimpse_runtime import threads
 
     module = _ext.compiled()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads.respect_limits()  # as loading a model does
     return {
         "glimpse": _version("glimpse-engine"),
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
@@ -102,8 +102,10 @@ def _machine() -> dict[str, Any]:
         "transformers": _version("transformers"),
         "triton": _version("triton"),
         "processor": _processor_name(),
-        "cpus": usable,
+        "cpus": threads.usable_cpus(),
         "threads": torch.get_num_threads(),
+        "threads by": threads.explain(),
+        "thread pool": module.thread_pool() if module else "torch's",
         "compiled kernels": f"instruction set {module.isa()}"
         if module
         else f"not available ({_ext.compiled_error()})",

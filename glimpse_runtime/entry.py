@@ -18,6 +18,7 @@ def inference(entry: Callable[P, R]) -> Callable[P, R]:
 
     @functools.wraps(entry)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        torch.get_num_threads()  # in a new Python thread, OpenMP learns torch's number by this call
         with torch.no_grad(), torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
             return entry(*args, **kwargs)
 

@@ -20,6 +20,7 @@ from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionTower
 from glimpse_runtime.models.qwen2_5_vl.weights import WeightReader, read_decoder, read_vision
+from glimpse_runtime.threads import respect_limits
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUANTIZATIONS = (None, "int8")
@@ -51,6 +52,7 @@ def load_base(
     Raises:
         CheckpointError: another model family, missing or left-over keys, or wrong shapes.
     """
+    respect_limits(device)
     path = resolve_folder(name, "config.json", patterns=("*.safetensors", "*.json"))
     raw = read_json(path / "config.json")
     if raw.get("model_type") != "qwen2_5_vl":
@@ -88,7 +90,9 @@ def share_base(hf_model: Any, *, quantize: str | None = None) -> BaseModel:
     if len(places) != 1:
         found = sorted(f"{device}/{dtype}" for device, dtype in places)
         raise CheckpointError(f"expected all weights on one device and of one dtype, found {found}")
-    check_dtype(next(iter(places))[1])
+    place, dtype = next(iter(places))
+    check_dtype(dtype)
+    respect_limits(place)
     reader = WeightReader(tensors.keys(), tensors.__getitem__)
     return _build(reader, config, hf_model.generation_config, quantize)
 

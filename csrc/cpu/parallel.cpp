@@ -2,7 +2,11 @@
 #include "cpu/parallel.h"
 
 #include <dlfcn.h>
+#include <limits.h>
 #include <link.h>
+#include <linux/futex.h>
+#include <sched.h>
+#include <strings.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -115,24 +119,25 @@ void work_entry(void* region) { static_cast<Region*>(region)->work(); }
 
 class Pool {
  public:
-  // Runs the region on `threads` threads, the caller being one of them. One region at a time; a second caller waits.
-  void run(Region& region, int threads) {
+  // Runs entry(data) on `threads` threads, the caller being one of them. One at a time; a second caller waits.
+  void run(void (*entry)(void*), void* data, int threads) {
     std::lock_guard<std::mutex> turn(turn_);
     {
       std::lock_guard<std::mutex> lock(mutex_);
       while (static_cast<int>(workers_.size()) < threads - 1) {
         workers_.emplace_back([this, index = static_cast<int>(workers_.size())] { loop(index); });
       }
-      region_ = &region;
+      entry_ = entry;
+      data_ = data;
       wanted_ = threads - 1;
       pending_ = threads - 1;
       ++generation_;
     }
     wake_.notify_all();
-    region.work();
+    entry(data);
     std::unique_lock<std::mutex> lock(mutex_);
     done_.wait(lock, [this] { return pending_ == 0; });
-    region_ = nullptr;
+    entry_ = nullptr;
   }
 
  private:
@@ -142,10 +147,11 @@ class Pool {
     for (;;) {
       wake_.wait(lock, [&] { return generation_ != seen; });
       seen = generation_;
-      if (index >= wanted_ || region_ == nullptr) continue;
-      Region* region = region_;
+      if (index >= wanted_ || entry_ == nullptr) continue;
+      void (*entry)(void*) = entry_;
+      void* data = data_;
       lock.unlock();
-      region->work();
+      entry(data);
       lock.lock();
       if (--pending_ == 0) done_.notify_one();
     }
@@ -154,7 +160,8 @@ class Pool {
   std::mutex turn_, mutex_;
   std::condition_variable wake_, done_;
   std::vector<std::thread> workers_;
-  Region* region_ = nullptr;
+  void (*entry_)(void*) = nullptr;
+  void* data_ = nullptr;
   int wanted_ = 0, pending_ = 0;
   uint64_t generation_ = 0;
 };
@@ -173,6 +180,125 @@ Pool& own_pool() {
   return *pool;
 }
 
+// entry(data) once on each of up to `threads` threads, the caller among them.
+void start(void (*entry)(void*), void* data, int threads) {
+  const OpenMP* runtime = openmp();
+  if (runtime != nullptr)
+    runtime->parallel(entry, data, static_cast<unsigned>(threads), 0);
+  else
+    own_pool().run(entry, data, threads);
+}
+
+// ---- a team that stands by -----------------------------------------------------------------------------------------
+
+inline void relax() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Looks at the state before a member sleeps: some tens of microseconds, what lies between two parallel ops. None where
+// the user wants waiting threads to sleep.
+int patience() {
+  static const int turns = [] {
+    const char* policy = std::getenv("OMP_WAIT_POLICY");
+    return policy != nullptr && strcasecmp(policy, "passive") == 0 ? 0 : 4000;
+  }();
+  return turns;
+}
+
+// One thread leads, the others take part in its regions. A member joins a region only while it is open, so the leader
+// does not wait for one that the system has not scheduled: on a busy machine it does the tasks alone. An OpenMP region
+// ends in a barrier and has to wait for every member; here that is once, at the end of the team.
+class Team {
+ public:
+  Team(void (*body)(void*), void* context, int threads) : threads_(threads), body_(body), context_(context) {}
+
+  int threads() const { return threads_; }
+
+  void lead() {
+    body_(context_);
+    publish(state_.load(std::memory_order_relaxed) | kOver);
+  }
+
+  // By the leader.
+  void run(Region& region) {
+    region_ = &region;
+    publish((state_.load(std::memory_order_relaxed) + kNext) | kOpen);
+    region.work();
+    uint32_t state = state_.fetch_and(~kOpen, std::memory_order_acq_rel);
+    for (int turn = 0; (state & kInside) != 0; ++turn) {
+      if (turn < patience())
+        relax();
+      else
+        sched_yield();
+      state = state_.load(std::memory_order_acquire);
+    }
+  }
+
+  // By every other thread, until the leader is through.
+  void follow() {
+    uint32_t state = state_.load(std::memory_order_acquire), seen = 0;
+    while ((state & kOver) == 0) {
+      if ((state & kOpen) == 0 || (state & kNumber) == seen) {
+        state = changed(state);
+      } else if (state_.compare_exchange_weak(state, state + 1, std::memory_order_acq_rel)) {
+        seen = state & kNumber;
+        region_->work();  // stays what it is while a member is inside
+        state = state_.fetch_sub(1, std::memory_order_acq_rel) - 1;
+      }
+    }
+  }
+
+ private:
+  // state_: how many are inside, whether the region is open, whether the leader is through, and the region's number. A
+  // number that comes round again costs a sleeper one region.
+  static constexpr uint32_t kInside = 0xffff, kOpen = 0x10000, kOver = 0x20000, kNext = 0x40000,
+                            kNumber = ~(kNext - 1);
+
+  // Only while nobody is inside and no region is open. The order against asleep_ is that of changed(): either the leader
+  // sees the sleeper, or the sleeper the new state.
+  void publish(uint32_t state) {
+    state_.store(state, std::memory_order_seq_cst);
+    if (asleep_.load(std::memory_order_seq_cst) > 0)
+      syscall(SYS_futex, reinterpret_cast<uint32_t*>(&state_), FUTEX_WAKE_PRIVATE, INT_MAX, nullptr, nullptr, 0);
+  }
+
+  // The state, once it is another one than `known` (or sooner).
+  uint32_t changed(uint32_t known) {
+    for (int turn = 0; turn < patience(); ++turn) {
+      const uint32_t state = state_.load(std::memory_order_acquire);
+      if (state != known) return state;
+      relax();
+    }
+    asleep_.fetch_add(1, std::memory_order_seq_cst);
+    if (state_.load(std::memory_order_seq_cst) == known)
+      syscall(SYS_futex, reinterpret_cast<uint32_t*>(&state_), FUTEX_WAIT_PRIVATE, known, nullptr, nullptr, 0);
+    asleep_.fetch_sub(1, std::memory_order_seq_cst);
+    return state_.load(std::memory_order_acquire);
+  }
+
+  const int threads_;
+  void (*const body_)(void*);
+  void* const context_;
+  Region* region_ = nullptr;
+  alignas(64) std::atomic<uint32_t> state_{0};
+  alignas(64) std::atomic<int> asleep_{0};
+};
+
+thread_local Team* led = nullptr;  // by this thread
+thread_local int64_t calls = 0;
+
+void team_entry(void* data) {
+  auto* team = static_cast<Team*>(data);
+  if (led == team)
+    team->lead();
+  else
+    team->follow();
+}
+
 std::atomic<int> fixed_threads{0};
 
 int machine_threads() {
@@ -189,6 +315,7 @@ int machine_threads() {
 
 int num_threads() {
   if (inside_region) return 1;
+  if (led != nullptr) return led->threads();
   const OpenMP* runtime = openmp();
   if (runtime != nullptr && runtime->in_parallel() != 0) return 1;
   const int fixed = fixed_threads.load(std::memory_order_relaxed);
@@ -208,12 +335,23 @@ void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), vo
   region.body = body;
   region.context = context;
   region.tasks = tasks;
-  const OpenMP* runtime = openmp();
-  if (runtime != nullptr)
-    runtime->parallel(work_entry, &region, static_cast<unsigned>(threads), 0);
+  ++calls;
+  if (led != nullptr)
+    led->run(region);
   else
-    own_pool().run(region, static_cast<int>(threads));
+    start(work_entry, &region, static_cast<int>(threads));
 }
+
+void with_team(void (*body)(void* context), void* context) {
+  const int threads = led == nullptr ? num_threads() : 1;
+  if (threads <= 1) return body(context);
+  Team team(body, context, threads);
+  led = &team;
+  start(team_entry, &team, threads);
+  led = nullptr;
+}
+
+int64_t parallel_calls() { return calls; }
 
 void* thread_scratch(size_t bytes) {
   struct Buffer {

@@ -18,6 +18,14 @@ int num_threads();
 // the caller. Returns when all are done. Tasks are handed out in ascending order: put the long ones first.
 void parallel_tasks(int64_t tasks, void (*body)(void* context, int64_t task), void* context);
 
+// Runs body(context) on the calling thread while the others of the pool stand by for all of it: parallel_tasks inside
+// starts no region of its own. For runs of many short calls. The others sleep if the body leaves them without tasks for
+// long, and are back in the pool when it returns.
+void with_team(void (*body)(void* context), void* context);
+
+// Calls of parallel_tasks by this thread that had several threads to run on.
+int64_t parallel_calls();
+
 // 64-byte aligned scratch memory of this thread, at least `bytes`; nullptr if there is none. Valid until the thread asks
 // for scratch again. It is kept for the next call.
 void* thread_scratch(size_t bytes);

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "cpu/common.h"
+#include "cpu/parallel.h"
 #include "cpu/recording.h"
 
 namespace {
@@ -24,6 +25,7 @@ struct Step {
 struct glimpse_recording {
   std::vector<Step> steps;
   std::vector<std::max_align_t> params;
+  int64_t regions = 0;  // calls with work for several threads, when it was recorded
   std::atomic<bool> open{true};
 };
 
@@ -41,6 +43,18 @@ bool can_be_recorded(const char* name) {
   return true;
 }
 
+glimpse_status run_steps(const glimpse_recording& recording) {
+  for (const Step& step : recording.steps) {
+    const glimpse_status status = step.run(&recording.params[step.at]);
+    if (status == GLIMPSE_OK) continue;
+    char why[384];  // fail() writes to the text that it would read
+    std::snprintf(why, sizeof why, "%s", glimpse_last_error());
+    return fail(status, "recording: op %zu of %zu (%s): %s", static_cast<size_t>(&step - recording.steps.data()) + 1,
+                recording.steps.size(), step.name, why);
+  }
+  return GLIMPSE_OK;
+}
+
 }  // namespace
 
 bool recording() { return current != nullptr; }
@@ -49,8 +63,10 @@ glimpse_status run_and_record(const char* name, Runner run, const void* params, 
   glimpse_recording& r = *current;
   if (!can_be_recorded(name))
     return fail(GLIMPSE_UNSUPPORTED, "%s: cannot be recorded: its params point at memory of the call", name);
+  const int64_t before = parallel_calls();
   const glimpse_status status = run(params);
   if (status != GLIMPSE_OK) return status;
+  r.regions += parallel_calls() - before;
   const size_t at = r.params.size(), unit = sizeof(std::max_align_t);
   try {
     r.params.resize(at + (bytes + unit - 1) / unit);
@@ -89,15 +105,18 @@ extern "C" glimpse_status glimpse_recording_replay(const glimpse_recording* reco
     return glimpse::fail(GLIMPSE_INVALID, "recording: it has not ended, so it cannot be replayed");
   if (glimpse::current != nullptr)
     return glimpse::fail(GLIMPSE_INVALID, "recording: no replay while this thread is recording");
-  for (const Step& step : recording->steps) {
-    const glimpse_status status = step.run(&recording->params[step.at]);
-    if (status == GLIMPSE_OK) continue;
-    char why[384];  // fail() writes to the text that it would read
-    std::snprintf(why, sizeof why, "%s", glimpse_last_error());
-    return glimpse::fail(status, "recording: op %zu of %zu (%s): %s", static_cast<size_t>(&step - recording->steps.data()) + 1,
-                         recording->steps.size(), step.name, why);
-  }
-  return GLIMPSE_OK;
+  if (recording->regions < 2) return glimpse::run_steps(*recording);  // nothing to gain from a team
+  struct Call {
+    const glimpse_recording& recording;
+    glimpse_status status;
+  } call{*recording, GLIMPSE_OK};
+  glimpse::with_team(
+      [](void* context) {
+        auto* call = static_cast<Call*>(context);
+        call->status = glimpse::run_steps(call->recording);
+      },
+      &call);
+  return call.status;
 }
 
 extern "C" int64_t glimpse_recording_size(const glimpse_recording* recording) {

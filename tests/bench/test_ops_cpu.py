@@ -15,6 +15,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from bench import ops_cpu, timing
+from bench.ceilings import Ceilings
 from bench.gate import Verdict, judge
 from bench.op_registry import REGISTRY, TINY, Work, sizes
 from bench.op_report import Outcome
@@ -165,7 +166,7 @@ def test_short_calls_are_repeated_within_a_sample() -> None:
 def test_the_fastest_plain_torch_is_the_yardstick() -> None:
     case = next(REGISTRY.cases(["swiglu"], [TINY], [torch.float32]))
     samples = {"ours": [2.0, 2.0, 9.0], "slow": [8.0, 1.0, 8.0], "fast": [3.0, 3.0, 3.0]}
-    row = Outcome(case, Verdict(0.0, 0.0), samples, 60.0, "byte").record(timing.Ceilings(40.0, {}))
+    row = Outcome(case, Verdict(0.0, 0.0), samples, 60.0, "byte").record(Ceilings(40.0, {}))
     assert (row["torch_by"], row["ratio"], row["rate"], row["share_of_ceiling"]) == ("fast", 1.5, 30.0, 0.75)
 
 

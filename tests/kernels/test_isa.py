@@ -111,7 +111,7 @@ def test_one_pool_with_torch() -> None:
     the kernels run, and the thread list may not have changed.
     """
     program = """
-import os, torch
+import os, time, torch
 from glimpse_kernels._ext import extension
 import glimpse_kernels
 module = extension()
@@ -120,7 +120,8 @@ tasks = lambda: {int(name) for name in os.listdir("/proc/self/task")}
 torch.randn(1 << 22).exp_().sum()
 before = tasks()
 used = set()
-for _ in range(50):
+deadline = time.monotonic() + 60  # a busy machine may leave the second thread without a task many times over
+while len(used) < 2 and time.monotonic() < deadline:
     used |= set(module.thread_ids(8))
 q = torch.randn(512, 4, 64)
 bounds = torch.tensor([0, 512], dtype=torch.int32)
@@ -145,8 +146,9 @@ module.set_num_threads(3)
 for _ in range(200):
     ids = module.thread_ids(7)
     assert len(ids) == 7 and len(set(ids)) <= 3, ids
-used = set()
-for _ in range(50):
+import time
+used, deadline = set(), time.monotonic() + 60
+while len(used) < 3 and time.monotonic() < deadline:
     used |= set(module.thread_ids(16))
 print(module.thread_pool(), "/", len(used))
 """
@@ -225,6 +227,8 @@ IN_A_SET = re.compile(r"glimpse::(" + "|".join(SETS) + r")::")
 CORE = {
     "glimpse::num_threads",
     "glimpse::parallel_tasks",
+    "glimpse::parallel_calls",
+    "glimpse::with_team",
     "glimpse::thread_scratch",
     "glimpse::thread_pool_name",
     "glimpse::fail",
@@ -234,6 +238,7 @@ CORE = {
         f"glimpse::{{}}::{name}"
         for name in (
             "work_entry match_library loaded_library Pool::run Pool::~Pool openmp own_pool parallel_for machine_threads "
+            "start relax patience team_entry Team::lead Team::run Team::follow Team::publish Team::changed run_steps "
             "always best find table_in_use can_be_recorded has_avx2 has_avx512 has_avx512bf16"
         ).split()
     ),
