@@ -171,12 +171,22 @@ WeightRows<W> rows_of(const params& p, const part_t& part, int64_t first) {
           part.scales == nullptr ? nullptr : part.scales + first * groups, groups, ahead_of<W>(part.weight_stride)};
 }
 
-// Elements [begin, end) of an int8 row times their scales, at to[0 ..].
+// Elements [begin, end) of an int8 row times their scales, at to[0 ..]; what lies `ahead` of them is asked for.
 template <class T>
-void dequantize(const int8_t* row, const float* scales, int64_t group, int64_t begin, int64_t end, T* to) {
+void dequantize(const int8_t* row, const float* scales, int64_t group, int64_t begin, int64_t end, T* to,
+                int64_t ahead = 0) {
   for (int64_t d = begin; d < end;) {
     const vf scale = splat(scales[d / group]);
     const int64_t stop = smaller((d / group + 1) * group, end);
+    for (int64_t line = d; line < stop; line += 64) __builtin_prefetch(row + line + ahead, 0, 3);
+#if defined(__AVX512BF16__)
+    if constexpr (sizeof(T) == 2) {
+      for (; d + 2 * kLanes <= stop; d += 2 * kLanes) {
+        const __m512bh pair = _mm512_cvtne2ps_pbh(load_int8(row + d + kLanes) * scale, load_int8(row + d) * scale);
+        _mm512_storeu_si512(to + (d - begin), reinterpret_cast<__m512i>(pair));
+      }
+    }
+#endif
     for (; d + kLanes <= stop; d += kLanes) store(to + (d - begin), load_int8(row + d) * scale);
     if (d < stop) {
       const int n = static_cast<int>(stop - d);

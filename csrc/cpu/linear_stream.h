@@ -135,7 +135,7 @@ void dots_rows(const WeightRows<W>& w, const T* x, int64_t x_stride, int64_t row
 }
 
 // Rows of x from which on int8 weights are made plain once instead of once a row; the plain rows are rounded to T.
-constexpr int64_t kPlainRows = 3;
+constexpr int64_t kPlainRows = 4;
 
 // Sums of all rows of x and `width` columns of a part. `plain`: room for `width` weight rows, or null.
 template <class T, class W, int width>
@@ -146,7 +146,8 @@ GLIMPSE_INLINE void stream_some(const params& p, const part_t& part, int64_t fir
   if constexpr (sizeof(W) == 1) {
     if (plain != nullptr) {
       for (int j = 0; j < width; ++j)
-        dequantize(w.row(j), w.scales + j * w.scale_stride, p.group, 0, p.depth, plain + j * p.depth);
+        dequantize(w.row(j), w.scales + j * w.scale_stride, p.group, 0, p.depth, plain + j * p.depth,
+                   w.ahead);
       const WeightRows<T> rows{plain, p.depth, nullptr, 0, 0};
       return dots_rows<T, T, width>(rows, x, p.x_stride, p.rows, p.depth, 0, sums, stride);
     }

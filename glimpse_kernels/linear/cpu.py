@@ -31,10 +31,10 @@ def _has_amx() -> bool:
 
 
 def _torch_is_faster(x: Tensor, weight: Weight) -> bool:
-    """Many rows of fp32 (MKL), or of bf16 where torch multiplies in AMX tiles, which these kernels do not."""
-    if x.shape[0] <= STREAMED_ROWS or isinstance(weight, Int8Weight):
+    """Many rows of bf16 where torch multiplies in AMX tiles, which these kernels do not."""
+    if x.dtype is not torch.bfloat16 or x.shape[0] <= STREAMED_ROWS or isinstance(weight, Int8Weight):
         return False
-    return x.dtype is torch.float32 or _has_amx()
+    return _has_amx()
 
 
 def linear(

@@ -8,7 +8,6 @@ random sign add up to, the square root of their number times the magnitude of th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -46,14 +45,6 @@ SHAPES = [
 ]
 
 
-@pytest.fixture(params=["as chosen", "always compiled"])
-def rows_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """The C++ kernel also where torch's product would be taken."""
-    if request.param == "always compiled":
-        monkeypatch.setattr(cpu, "_torch_is_faster", lambda x, weight: False)
-    yield request.param
-
-
 def data(rows: int, depth: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """x as a view with a row stride of its own, weight, bias."""
     g = torch.Generator().manual_seed(rows + 31 * depth + 7 * cols)
@@ -83,7 +74,7 @@ def check(got: Tensor, theirs: Tensor, truth: Tensor, terms: Tensor, depth: int,
 @all_cases
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_values(kernel: Case, shape: tuple[int, int, int], int8: bool, rows_path: str) -> None:
+def test_values(kernel: Case, shape: tuple[int, int, int], int8: bool) -> None:
     assert kernel.dtype is not None
     x, plain, bias = data(*shape, kernel.dtype)
     weight = quantize_int8(plain) if int8 else plain
@@ -102,7 +93,7 @@ def test_values(kernel: Case, shape: tuple[int, int, int], int8: bool, rows_path
 @all_cases
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("int8", [False, True])
-def test_gated(kernel: Case, shape: tuple[int, int, int], int8: bool, rows_path: str) -> None:
+def test_gated(kernel: Case, shape: tuple[int, int, int], int8: bool) -> None:
     assert kernel.dtype is not None
     x, gate, gate_bias = data(*shape, kernel.dtype)
     up, up_bias = gate.flip(1).contiguous(), gate_bias.flip(0).contiguous()
@@ -123,7 +114,7 @@ def test_gated(kernel: Case, shape: tuple[int, int, int], int8: bool, rows_path:
 @all_cases
 @pytest.mark.parametrize("rows", [1, 5, 40])
 @pytest.mark.parametrize("int8", [False, True])
-def test_group_is_each_alone(kernel: Case, rows: int, int8: bool, rows_path: str) -> None:
+def test_group_is_each_alone(kernel: Case, rows: int, int8: bool) -> None:
     """Four weights of different sizes, results as views of one buffer whose other columns stay as they are."""
     assert kernel.dtype is not None
     sizes = [70, 1, 16, 130]
@@ -144,7 +135,7 @@ def test_group_is_each_alone(kernel: Case, rows: int, int8: bool, rows_path: str
 
 @all_cases
 @pytest.mark.parametrize("rows", [1, 40])
-def test_out_keeps_to_its_rows(kernel: Case, rows: int, rows_path: str) -> None:
+def test_out_keeps_to_its_rows(kernel: Case, rows: int) -> None:
     assert kernel.dtype is not None
     x, weight, bias = data(rows, 64, 70, kernel.dtype)
     buffer = torch.full((rows, 80), 7.0, dtype=kernel.dtype)
@@ -158,7 +149,7 @@ def test_out_keeps_to_its_rows(kernel: Case, rows: int, rows_path: str) -> None:
 
 @all_cases
 @pytest.mark.parametrize("rows", [3, 40])
-def test_bad_numbers_stay_in_their_row(kernel: Case, rows: int, rows_path: str) -> None:
+def test_bad_numbers_stay_in_their_row(kernel: Case, rows: int) -> None:
     assert kernel.dtype is not None
     x, weight, bias = data(rows, 65, 70, kernel.dtype)
     clean = linear(x, weight, bias)
