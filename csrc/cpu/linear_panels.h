@@ -145,40 +145,34 @@ GLIMPSE_INLINE vf load_int8_n(const int8_t* p, int n) {
   return load_int8(lanes);
 }
 
-// A run of weight rows: `row(j)` is row j, `scale(j, group)` the factor of a group of its elements.
+constexpr int64_t kAhead = 2048;  // bytes from a weight that is multiplied to one that is asked for
+
+// Weight rows at equal distances: `row(j)` is row j, `scale(j, group)` the factor of a group of its elements.
 template <class W>
 struct WeightRows {
   const W* first;
   int64_t stride;
   const float* scales;  // of the first row
   int64_t scale_stride;
-  int64_t ahead;  // elements from one that is multiplied to one that is asked for
 
   __attribute__((always_inline)) const W* row(int64_t j) const { return first + j * stride; }
 };
 
-// Four short rows are asked for while the four before them are multiplied; in long rows, what is 2 kB away.
+// Rows first, first + step, first + 2 step, ... of a part.
 template <class W>
-int64_t ahead_of(int64_t stride) {
-  constexpr int64_t kFar = 16 * 1024 / static_cast<int64_t>(sizeof(W)), kNear = 2048 / static_cast<int64_t>(sizeof(W));
-  return 4 * stride <= kFar ? 4 * stride : kNear;
-}
-
-template <class W>
-WeightRows<W> rows_of(const params& p, const part_t& part, int64_t first) {
+WeightRows<W> rows_of(const params& p, const part_t& part, int64_t first, int64_t step = 1) {
   const int64_t groups = part.scales == nullptr ? 0 : (p.depth + p.group - 1) / p.group;
-  return {static_cast<const W*>(part.weight) + first * part.weight_stride, part.weight_stride,
-          part.scales == nullptr ? nullptr : part.scales + first * groups, groups, ahead_of<W>(part.weight_stride)};
+  return {static_cast<const W*>(part.weight) + first * part.weight_stride, step * part.weight_stride,
+          part.scales == nullptr ? nullptr : part.scales + first * groups, step * groups};
 }
 
-// Elements [begin, end) of an int8 row times their scales, at to[0 ..]; what lies `ahead` of them is asked for.
+// Elements [begin, end) of an int8 row times their scales, at to[0 ..].
 template <class T>
-void dequantize(const int8_t* row, const float* scales, int64_t group, int64_t begin, int64_t end, T* to,
-                int64_t ahead = 0) {
+void dequantize(const int8_t* row, const float* scales, int64_t group, int64_t begin, int64_t end, T* to) {
   for (int64_t d = begin; d < end;) {
     const vf scale = splat(scales[d / group]);
     const int64_t stop = smaller((d / group + 1) * group, end);
-    for (int64_t line = d; line < stop; line += 64) __builtin_prefetch(row + line + ahead, 0, 3);
+    for (int64_t line = d; line < stop; line += 64) __builtin_prefetch(row + line + kAhead, 0, 3);
 #if defined(__AVX512BF16__)
     if constexpr (sizeof(T) == 2) {
       for (; d + 2 * kLanes <= stop; d += 2 * kLanes) {

@@ -9,7 +9,7 @@ namespace {
 
 // Up to this many rows weights are streamed: packing them would cost more than it saves.
 constexpr int64_t kStreamedRows = 16;
-constexpr int64_t kStreamedPanel = 64;  // columns
+constexpr int64_t kStreamedPanel = 256;  // columns, at most
 
 // sums[i][j] = x_i . w_j over elements [begin, end), in lanes.
 template <class T, int height, int width>
@@ -21,7 +21,7 @@ GLIMPSE_INLINE void accumulate(const WeightRows<T>& w, const T* x, int64_t x_str
     vf row[width];
 #pragma GCC unroll 8
     for (int j = 0; j < width; ++j) {
-      __builtin_prefetch(w.row(j) + d + w.ahead, 0, 3);
+      __builtin_prefetch(w.row(j) + d + kAhead / static_cast<int64_t>(sizeof(T)), 0, 3);
       row[j] = load_cells(w.row(j), d, d + kStep);
     }
 #pragma GCC unroll 8
@@ -50,7 +50,7 @@ GLIMPSE_INLINE void accumulate(const WeightRows<int8_t>& w, const T* x, int64_t 
     vf row[width];
 #pragma GCC unroll 8
     for (int j = 0; j < width; ++j) {
-      if ((d & 63) == 0) __builtin_prefetch(w.row(j) + d + w.ahead, 0, 3);
+      if ((d & 63) == 0) __builtin_prefetch(w.row(j) + d + kAhead, 0, 3);
       row[j] = load_int8(w.row(j) + d);
     }
 #pragma GCC unroll 8
@@ -91,10 +91,15 @@ GLIMPSE_INLINE void hsum4(const vf* x, float* sums) {
 #endif
 }
 
-// sums[i * stride + j] = x_i . w_j for `height` rows of x and `width` rows of the weight.
+// Where the sums of a panel go: of row i and weight j to at[i * row + j * column].
+struct Sums {
+  float* at;
+  int64_t row, column;
+};
+
+// Sums of `height` rows of x and `width` rows of the weight.
 template <class T, class W, int height, int width>
-void dots(const WeightRows<W>& w, const T* x, int64_t x_stride, int64_t depth, int64_t group, float* sums,
-          int64_t stride) {
+void dots(const WeightRows<W>& w, const T* x, int64_t x_stride, int64_t depth, int64_t group, Sums sums) {
   vf total[height][width] = {};
   if (w.scales == nullptr) {
     accumulate<T, height, width>(w, x, x_stride, 0, depth, total);
@@ -112,67 +117,68 @@ void dots(const WeightRows<W>& w, const T* x, int64_t x_stride, int64_t depth, i
   }
 #pragma GCC unroll 8
   for (int i = 0; i < height; ++i) {
-    if constexpr (width == 4) {
-      hsum4(total[i], sums + i * stride);
-    } else {
-      for (int j = 0; j < width; ++j) sums[i * stride + j] = hsum(total[i][j]);
-    }
+    float found[4];
+    if constexpr (width == 4)
+      hsum4(total[i], found);
+    else
+      for (int j = 0; j < width; ++j) found[j] = hsum(total[i][j]);
+    for (int j = 0; j < width; ++j) sums.at[i * sums.row + j * sums.column] = found[j];
   }
 }
 
 template <class T, class W, int width>
 void dots_rows(const WeightRows<W>& w, const T* x, int64_t x_stride, int64_t rows, int64_t depth, int64_t group,
-               float* sums, int64_t stride) {
+               Sums sums) {
   constexpr int kTall = sizeof(W) == 1 ? 2 : 4;
   int64_t r = 0;
-  for (; r + kTall <= rows; r += kTall)
-    dots<T, W, kTall, width>(w, x + r * x_stride, x_stride, depth, group, sums + r * stride, stride);
+  for (; r + kTall <= rows; r += kTall, sums.at += kTall * sums.row)
+    dots<T, W, kTall, width>(w, x + r * x_stride, x_stride, depth, group, sums);
   if constexpr (kTall > 2)
-    for (; r + 2 <= rows; r += 2)
-      dots<T, W, 2, width>(w, x + r * x_stride, x_stride, depth, group, sums + r * stride, stride);
-  for (; r < rows; ++r)
-    dots<T, W, 1, width>(w, x + r * x_stride, x_stride, depth, group, sums + r * stride, stride);
+    for (; r + 2 <= rows; r += 2, sums.at += 2 * sums.row)
+      dots<T, W, 2, width>(w, x + r * x_stride, x_stride, depth, group, sums);
+  for (; r < rows; ++r, sums.at += sums.row) dots<T, W, 1, width>(w, x + r * x_stride, x_stride, depth, group, sums);
 }
 
 // Rows of x from which on int8 weights are made plain once instead of once a row; the plain rows are rounded to T.
 constexpr int64_t kPlainRows = 4;
 
-// Sums of all rows of x and `width` columns of a part. `plain`: room for `width` weight rows, or null.
+// Sums of all rows of x and `width` weight rows. `plain`: room for `width` plain ones, or null.
 template <class T, class W, int width>
-GLIMPSE_INLINE void stream_some(const params& p, const part_t& part, int64_t first, T* plain, float* sums,
-                                int64_t stride) {
+GLIMPSE_INLINE void stream_some(const params& p, const WeightRows<W>& w, T* plain, Sums sums) {
   const T* x = static_cast<const T*>(p.x);
-  const WeightRows<W> w = rows_of<W>(p, part, first);
   if constexpr (sizeof(W) == 1) {
     if (plain != nullptr) {
       for (int j = 0; j < width; ++j)
-        dequantize(w.row(j), w.scales + j * w.scale_stride, p.group, 0, p.depth, plain + j * p.depth,
-                   w.ahead);
-      const WeightRows<T> rows{plain, p.depth, nullptr, 0, 0};
-      return dots_rows<T, T, width>(rows, x, p.x_stride, p.rows, p.depth, 0, sums, stride);
+        dequantize(w.row(j), w.scales + j * w.scale_stride, p.group, 0, p.depth, plain + j * p.depth);
+      const WeightRows<T> rows{plain, p.depth, nullptr, 0};
+      return dots_rows<T, T, width>(rows, x, p.x_stride, p.rows, p.depth, 0, sums);
     }
   }
-  dots_rows<T, W, width>(w, x, p.x_stride, p.rows, p.depth, p.group, sums, stride);
+  dots_rows<T, W, width>(w, x, p.x_stride, p.rows, p.depth, p.group, sums);
 }
 
+// Four runs of weight rows side by side: memory gives most when several long runs are read at a time.
 template <class T, class W>
-void stream_columns(const params& p, const part_t& part, int64_t first, int count, T* plain, float* sums,
-                    int64_t stride) {
-  int c = 0;
-  for (; c + 4 <= count; c += 4) stream_some<T, W, 4>(p, part, first + c, plain, sums + c, stride);
-  for (; c < count; ++c) stream_some<T, W, 1>(p, part, first + c, plain, sums + c, stride);
+void stream_columns(const params& p, const part_t& part, int64_t first, int count, T* plain, float* sums) {
+  const int run = count / 4;
+  for (int c = 0; c < run; ++c)
+    stream_some<T, W, 4>(p, rows_of<W>(p, part, first + c, run), plain, {sums + c, kStreamedPanel, run});
+  for (int c = 4 * run; c < count; ++c)
+    stream_some<T, W, 1>(p, rows_of<W>(p, part, first + c), plain, {sums + c, kStreamedPanel, 1});
 }
 
 template <class T, class W, glimpse_linear_epilogue epilogue>
 glimpse_status stream(const params& p) {
-  const Panels panels(p, kStreamedPanel);
+  // Memory is read fastest in long runs, but every thread should have some, and none should wait long for the last one.
+  int64_t columns = 0;
+  for (int64_t i = 0; i < p.num_parts; ++i) columns += p.parts[i].cols;
+  int64_t width = kStreamedPanel;
+  while (width > 64 && columns < 2 * width * num_threads()) width /= 2;
+  const Panels panels(p, width);
   const int64_t half = panels.width;
-  // A thread is worth waking for some microseconds of reading, and reads fastest in long runs; but no thread should wait
-  // long for the last run.
-  const int64_t panel_bytes = kStreamedPanel * p.depth * static_cast<int64_t>(sizeof(W)) + 1;
-  const int64_t share = panels.total * panel_bytes / num_threads();
-  const int64_t run_bytes = larger<int64_t>(96 * 1024, smaller<int64_t>(512 * 1024, share));
-  const int64_t each = 1 + run_bytes / panel_bytes;
+  // Less than this is not worth a thread's waking.
+  constexpr int64_t kTaskBytes = 96 * 1024;
+  const int64_t each = 1 + kTaskBytes / (width * p.depth * static_cast<int64_t>(sizeof(W)) + 1);
   const int64_t tasks = (panels.total + each - 1) / each;
   const size_t plain_bytes =
       sizeof(W) == 1 && p.rows >= kPlainRows ? 4 * sizeof(T) * static_cast<size_t>(p.depth) + 1 : 0;
@@ -190,9 +196,9 @@ glimpse_status stream(const params& p) {
     const int64_t last = smaller((task + 1) * each, panels.total);
     for (int64_t index = task * each; index < last; ++index) {
       const Panel panel = panels[index];
-      stream_columns<T, W>(p, *panel.part, panel.first, panel.count, plain, sums, kStreamedPanel);
+      stream_columns<T, W>(p, *panel.part, panel.first, panel.count, plain, sums);
       if (panel.second != nullptr)
-        stream_columns<T, W>(p, *panel.second, panel.first, panel.count, plain, sums + half, kStreamedPanel);
+        stream_columns<T, W>(p, *panel.second, panel.first, panel.count, plain, sums + half);
       const Results<T, epilogue> results{panel.out<T>(0), panel.part->out_stride, panel};
       results.write_all(sums, kStreamedPanel, half, p.rows);
     }
