@@ -3,7 +3,8 @@
 
 Runtime code calls the functions of `glimpse_kernels` directly: that is one Python call, with no dispatcher between.
 A registered op calls the same function, so backends and checks are the same. What writes to its arguments says so in its
-schema; where an op can do both (`rope`, `rms_norm`), each way has its own name. `vip` has no entry: it takes a structure of
+schema; where an op can do both (`rope`, `rms_norm`), each way has its own name,
+as has `linear` with an 8-bit weight. `vip` has no entry: it takes a structure of
 weights, and its parts are here.
 """
 
@@ -186,6 +187,42 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gk.swiglu(gate, up)
 
 
+def _linear(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, activation: str | None = None
+) -> Tensor:
+    return gk.linear(x, weight, bias, activation=activation)
+
+
+def _linear_int8(
+    x: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    bias: Tensor | None = None,
+    *,
+    group: int = 128,
+    activation: str | None = None,
+) -> Tensor:
+    return gk.linear(x, gk.Int8Weight(values, scales, group), bias, activation=activation)
+
+
+def _linear_group(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor]) -> list[Tensor]:
+    return list(gk.linear_group(x, weights, biases or None))
+
+
+def _gated_linear(
+    x: Tensor, gate: Tensor, up: Tensor, gate_bias: Tensor | None = None, up_bias: Tensor | None = None
+) -> Tensor:
+    return gk.gated_linear(x, gate, up, gate_bias, up_bias)
+
+
+def _linear_fake(x: Tensor, weight: Tensor, *_: Any, **__: Any) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[0])
+
+
+def _linear_group_fake(x: Tensor, weights: Sequence[Tensor], _biases: Sequence[Tensor]) -> list[Tensor]:
+    return [x.new_empty(x.shape[0], weight.shape[0]) for weight in weights]
+
+
 def _patchify(
     image: Tensor,
     mean: Sequence[float],
@@ -285,6 +322,25 @@ _register(
     _like_first,
 )
 _register("swiglu(Tensor gate, Tensor up) -> Tensor", _swiglu, _like_first)
+_register(
+    "linear(Tensor x, Tensor weight, Tensor? bias=None, *, str? activation=None) -> Tensor",
+    _linear,
+    _linear_fake,
+)
+_register(
+    "linear_int8(Tensor x, Tensor values, Tensor scales, Tensor? bias=None, *, int group=128, str? activation=None) "
+    "-> Tensor",
+    _linear_int8,
+    _linear_fake,
+)
+_register(
+    "linear_group(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor[]", _linear_group, _linear_group_fake
+)
+_register(
+    "gated_linear(Tensor x, Tensor gate, Tensor up, Tensor? gate_bias=None, Tensor? up_bias=None) -> Tensor",
+    _gated_linear,
+    _linear_fake,
+)
 _register(
     "patchify(Tensor image, float[] mean, float[] std, int patch_size=14, int temporal_patch_size=2, int merge_size=2, "
     f"float rescale={1 / 255!r}, *, SymInt[]? size=None, str resample='bicubic', bool down_first=False, "

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -136,7 +138,16 @@ def _build(
     vision = read_vision(reader, config)
     decoder = read_decoder(reader, config, quantize_int8) if chosen else read_decoder(reader, config)
     reader.finish()
+    if chosen:
+        _return_free_memory()
     return BaseModel(config, vision, decoder, generation_config, chosen)
+
+
+def _return_free_memory() -> None:
+    """Give what the allocator kept of the plain matrices back to the system (glibc; elsewhere it stays)."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is not None:
+        trim(0)
 
 
 def _weight_files(path: Path) -> list[Path]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`vip` and `vip_conditions` on the CPU: torch's matrix products with this package's kernels between them."""
+"""`vip` and `vip_conditions` on the CPU, made of this package's other ops."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glimpse_kernels.attention import attention
+from glimpse_kernels.linear import gated_linear, linear
 from glimpse_kernels.rms_norm import rms_norm
 from glimpse_kernels.rope import rope
-from glimpse_kernels.swiglu import swiglu
 from glimpse_kernels.vip.naive import dummy
 from glimpse_kernels.vip.weights import Linear, VipWeights
 
@@ -49,16 +49,15 @@ def vip(
         else:
             rms_norm(delta, layer.norm1, weights.eps, residual=x, out=h)
         hc = h if conditions is None else torch.cat((h, conditions[i]), dim=-1)
-        q = _linear(hc, layer.q).unflatten(-1, (heads, -1))
-        k = _linear(hc, layer.k).unflatten(-1, (heads, -1))
+        q, k = (_linear(hc, proj).unflatten(-1, (heads, -1)) for proj in (layer.q, layer.k))
         v = _linear(h, layer.v).unflatten(-1, (heads, -1))
         rope(q, k, cos, sin)
         attended = attention(q, k, v, cu_seqlens, cu_seqlens, causal=False)
         assert isinstance(attended, Tensor)
         delta = _linear(attended.flatten(1), layer.o)
         rms_norm(delta, layer.norm2, weights.eps, residual=x, out=h)
-        gate = _linear(h, layer.gate)
-        delta = _linear(swiglu(gate, _linear(h, layer.up), out=gate), layer.down)
+        gated = gated_linear(h, layer.gate.weight, layer.up.weight, layer.gate.bias, layer.up.bias)
+        delta = _linear(gated, layer.down)
     if delta is not None:
         x = x.float() + delta.float()
     bias = weights.out_proj.bias
@@ -68,4 +67,4 @@ def vip(
 
 
 def _linear(x: Tensor, proj: Linear) -> Tensor:
-    return F.linear(x, proj.weight, proj.bias)
+    return linear(x, proj.weight, proj.bias)

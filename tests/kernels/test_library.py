@@ -24,6 +24,7 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
     angles = torch.rand(7, 4)
     cos, sin = angles.cos(), angles.sin()
     x, weight = torch.randn(5, 16), torch.randn(16)
+    packed = gk.quantize_int8(torch.randn(6, 16), 32)
     return {
         "attention": ((q, k, v, ints(0, 3, 7), ints(0, 3, 7)), {"causal": True}),
         "decode_attention": (
@@ -36,6 +37,10 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             ),
             {},
         ),
+        "linear": ((x, torch.randn(6, 16), torch.randn(6)), {"activation": "gelu"}),
+        "linear_int8": ((x, packed.values, packed.scales, torch.randn(6)), {"group": 32}),
+        "linear_group": ((x, [torch.randn(6, 16), torch.randn(2, 16)], []), {}),
+        "gated_linear": ((x, torch.randn(6, 16), torch.randn(6, 16), torch.randn(6)), {}),
         "glimpse_scores": ((q[:2], k, ints(0, 3, 5), ints(0, 0, 1)), {"lse": torch.randn(2, 4)}),
         "select_tokens": (
             (torch.randn(6), ints(0, 2, 6)),

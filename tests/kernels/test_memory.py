@@ -83,6 +83,20 @@ for isa in ("avx512bf16", "avx512", "avx2", "baseline"):
         gk.glimpse_scores(real(2, hq, d), real(9, hkv, d), ints(8, 0, 8), ints(1, 1, 0), out=scores, lse=lse)
         t = random.choice([1, 3, 9])
         gk.rms_norm(real(t, d), real(d), 1e-6, residual=real(t, d), out=real(t, d))
+        rows, depth, cols = (random.choice(c) for c in ((1, 2, 5, 16, 17, 40), (1, 31, 64, 97, 130), (1, 3, 32, 65, 100)))
+        weight, up = real(cols, depth), real(cols, depth)
+        x, bias = real(rows, depth), real(cols)
+        got = gk.linear(x, weight, bias, out=real(rows, cols))
+        limit = 1e-4 if dtype is torch.float32 else 0.3
+        torch.testing.assert_close(
+            got.float(), x.float() @ weight.float().T + bias.float(), rtol=limit, atol=limit
+        )
+        gk.gated_linear(x, weight, up, bias, out=real(rows, cols))
+        gk.linear_group(x, [weight, up], [bias, None], outs=[real(rows, cols), real(rows, cols)])
+        packed = gk.quantize_int8(weight, 32)
+        packed = gk.Int8Weight(guard(packed.values), guard(packed.scales), 32)
+        got = gk.linear(x, packed, bias, activation="gelu", out=real(rows, cols))
+        assert got.isfinite().all()
         gk.swiglu(real(t, d), real(t, d), out=real(t, d))
         angles = guard(torch.randn(t, d)), guard(torch.randn(t, d))
         target = dict(k_out=real(t, hkv, 2 * d), v_out=real(t, hkv, dv), slots=guard(torch.randperm(t).int()))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from glimpse_runtime.parity import case_names, load_manifest, run_case
+from tests.kernels.kernel_cases import forced_isa, isas_here
 
 from .conftest import GOLDEN
 
@@ -39,6 +40,15 @@ def test_case(name):
     if result.dtype == "float32":
         assert max(result.errors.values()) <= 1e-4
         assert {"greedy"} <= set(result.equal) and {"steps"} <= set(result.errors)
+
+
+@pytest.mark.parametrize("isa", isas_here())
+@pytest.mark.parametrize("name", CASES)
+def test_case_on_every_instruction_set(name, isa):
+    """What an older processor runs gives the recorded masks and tokens too."""
+    with forced_isa(isa):
+        result = run_case(GOLDEN, name)
+    assert result.ok, result.failures
 
 
 @pytest.mark.parametrize(
