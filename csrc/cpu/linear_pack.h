@@ -8,17 +8,21 @@ namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
 
 constexpr int kPanel = kTileVectors * kLanes;  // columns of a packed panel
-constexpr int64_t kDepth = 1024;               // elements of x and weight multiplied before the sums are put down
 constexpr int64_t kCacheBytes = 384 * 1024;    // of the second-level cache that a task may count on
+
+// Elements of x and weight multiplied before the sums are put down. Short in fp32, where the rounding of one long sum
+// would show.
+template <class T>
+constexpr int64_t kDepth = sizeof(T) == 4 ? 256 : 1024;
 
 template <class T>
 void widen_rows(const T* x, int64_t stride, int64_t rows, int64_t depth, float* to) {
   for (int64_t r = 0; r < rows; ++r) {
     int64_t d = 0;
-    for (; d + kLanes <= depth; d += kLanes) store(to + r * kDepth + d, load(x + r * stride + d));
+    for (; d + kLanes <= depth; d += kLanes) store(to + r * kDepth<T> + d, load(x + r * stride + d));
     if (d < depth) {
       const int n = static_cast<int>(depth - d);
-      store_n(to + r * kDepth + d, load_n(x + r * stride + d, n), n);
+      store_n(to + r * kDepth<T> + d, load_n(x + r * stride + d, n), n);
     }
   }
 }
@@ -38,8 +42,8 @@ void pack_part(const params& p, const part_t& part, int64_t first, int count, in
     const int present = larger(0, smaller(kLanes, count - c));
     for (int j = 0; j < present; ++j) {
       if constexpr (sizeof(W) == 1) {
-        rows[j] = plain + j * kDepth;
-        dequantize(w.row(c + j), w.scales + (c + j) * w.scale_stride, p.group, begin, end, plain + j * kDepth);
+        rows[j] = plain + j * kDepth<T>;
+        dequantize(w.row(c + j), w.scales + (c + j) * w.scale_stride, p.group, begin, end, plain + j * kDepth<T>);
       } else {
         rows[j] = w.row(c + j) + begin;
       }
@@ -53,9 +57,8 @@ void pack_part(const params& p, const part_t& part, int64_t first, int count, in
 template <class T, class Results>
 void multiply_panel(const char* a, int64_t a_stride, int64_t rows, int64_t depth, const float* packed, bool first,
                     bool last, float* sums, Results results) {
-  constexpr float kOnes[kTileRows] = {1, 1, 1, 1, 1, 1};
   const bool odd = kPairs<T> && (depth & 1) != 0;
-  Product product{a, a_stride, packed, kPanel, kPairs<T> ? depth / 2 : depth, first ? nullptr : kOnes, sums, kPanel};
+  Product product{a, a_stride, packed, kPanel, kPairs<T> ? depth / 2 : depth, nullptr, sums, kPanel, !first};
   const Results all = results;
   for (int64_t r = 0; r < rows; r += kTileRows) {
     const int height = static_cast<int>(smaller<int64_t>(kTileRows, rows - r));
@@ -92,7 +95,7 @@ struct Blocking {
   int64_t panel_cells;  // of a packed panel, all depths
 
   explicit Blocking(const params& p) {
-    depth = smaller(p.depth, kDepth);
+    depth = smaller(p.depth, kDepth<T>);
     const int64_t x_bytes = larger<int64_t>(1, depth) * static_cast<int64_t>(kWidened<T> ? sizeof(float) : sizeof(T));
     const int64_t panel_bytes = larger<int64_t>(1, cells_of<T>(depth)) * kPanel * 4;
     high = round_up(larger<int64_t>(48, smaller<int64_t>(384, kCacheBytes / 2 / x_bytes)), kTileRows);
@@ -111,10 +114,10 @@ glimpse_status pack(const params& p) {
   int64_t chunks = 1;
   while (groups * chunks < 8 * num_threads() && p.rows / (chunks + 1) >= 384) ++chunks;
   const int64_t packed_floats = round_up(size.panel_cells * size.wide, kLanes);
-  const int64_t blocks = larger<int64_t>(1, (p.depth + kDepth - 1) / kDepth);
+  const int64_t blocks = larger<int64_t>(1, (p.depth + kDepth<T> - 1) / kDepth<T>);
   const int64_t sums_floats = size.high * kPanel * size.wide;
-  const int64_t wide_x_floats = kWidened<T> ? size.high * kDepth : 0;
-  const int64_t plain_floats = sizeof(W) == 1 ? kLanes * kDepth : 0;
+  const int64_t wide_x_floats = kWidened<T> ? size.high * kDepth<T> : 0;
+  const int64_t plain_floats = sizeof(W) == 1 ? kLanes * kDepth<T> : 0;
   const size_t bytes = sizeof(float) * static_cast<size_t>(packed_floats + sums_floats + wide_x_floats + plain_floats);
   bool failed = false;
   parallel_for(groups * chunks, [&](int64_t task) {
@@ -130,8 +133,8 @@ glimpse_status pack(const params& p) {
     const int64_t from = group * panels.total / groups, count = (group + 1) * panels.total / groups - from;
     for (int64_t i = 0; i < count; ++i) {
       const Panel panel = panels[from + i];
-      for (int64_t d = 0; d < p.depth; d += kDepth) {
-        const int64_t end = smaller(d + kDepth, p.depth);
+      for (int64_t d = 0; d < p.depth; d += kDepth<T>) {
+        const int64_t end = smaller(d + kDepth<T>, p.depth);
         float* at = packed + i * size.panel_cells + cells_of<T>(d) * kPanel;
         const int columns = panel.second == nullptr ? kPanel : kPanel / 2;
         pack_part<T, W>(p, *panel.part, panel.first, panel.count, d, end, plain, columns, at);
@@ -143,20 +146,20 @@ glimpse_status pack(const params& p) {
     for (int64_t row = p.rows * chunk / chunks; row < row_end; row += size.high) {
       const int64_t rows = smaller(size.high, row_end - row);
       const T* x = static_cast<const T*>(p.x) + row * p.x_stride;
-      for (int64_t d = 0; d < blocks * kDepth; d += kDepth) {
-        const int64_t depth = smaller(kDepth, p.depth - d);
+      for (int64_t d = 0; d < blocks * kDepth<T>; d += kDepth<T>) {
+        const int64_t depth = smaller(kDepth<T>, p.depth - d);
         const char* a = reinterpret_cast<const char*>(x + d);
         int64_t a_stride = p.x_stride * static_cast<int64_t>(sizeof(T));
         if constexpr (kWidened<T>) {
           widen_rows(x + d, p.x_stride, rows, depth, wide_x);
           a = reinterpret_cast<const char*>(wide_x);
-          a_stride = kDepth * static_cast<int64_t>(sizeof(float));
+          a_stride = kDepth<T> * static_cast<int64_t>(sizeof(float));
         }
         for (int64_t i = 0; i < count; ++i) {
           const Panel panel = panels[from + i];
           const Results<T, epilogue> results{panel.out<T>(row), panel.part->out_stride, panel};
           multiply_panel<T>(a, a_stride, rows, depth, packed + i * size.panel_cells + cells_of<T>(d) * kPanel, d == 0,
-                            d + kDepth >= p.depth, sums + i * size.high * kPanel, results);
+                            d + kDepth<T> >= p.depth, sums + i * size.high * kPanel, results);
         }
       }
     }

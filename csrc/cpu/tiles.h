@@ -112,6 +112,7 @@ struct Product {
   const float* keep;
   float* c;
   int64_t c_stride;
+  bool add = false;  // C + A B: the product is summed by itself first, which keeps long sums exact
 };
 
 GLIMPSE_INLINE const char* bytes_of(const float* cells) { return reinterpret_cast<const char*>(cells); }
@@ -148,6 +149,12 @@ void multiply_tile(const Product& p, int64_t column, const Sink& sink) {
     }
     a += 4;
     b += b_stride;
+  }
+  if (p.add) {
+#pragma GCC unroll 8
+    for (int i = 0; i < height; ++i)
+#pragma GCC unroll 8
+      for (int j = 0; j < width; ++j) sum[i][j] += load(p.c + i * p.c_stride + column + j * kLanes);
   }
 #pragma GCC unroll 8
   for (int i = 0; i < height; ++i) sink.put(p, i, column, sum[i]);
