@@ -79,7 +79,8 @@ GLIMPSE_INLINE vf bias_of(const part_t* part, int64_t column, int n) {
   return load_n(static_cast<const T*>(part->bias) + column, n);
 }
 
-// Turns the sums of a panel into results, wherever they lie. In a gated panel the vectors of up lie kUp behind their gates.
+// Turns the sums of a panel into results, wherever they lie. In a gated panel the up half follows the
+// gate half.
 template <class T, glimpse_linear_epilogue epilogue>
 struct Results {
   static constexpr bool kGated = epilogue == GLIMPSE_LINEAR_GATED;

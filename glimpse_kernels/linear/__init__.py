@@ -9,11 +9,10 @@ from torch import Tensor
 
 from glimpse_kernels import _tensors as check
 from glimpse_kernels import dispatch
-from glimpse_kernels.linear.weights import INT8_GROUP, Int8Weight, quantize_int8
+from glimpse_kernels.linear.weights import INT8_GROUP, Int8Weight, Weight, quantize_int8
 
 __all__ = ["INT8_GROUP", "Int8Weight", "Weight", "gated_linear", "linear", "linear_group", "quantize_int8"]
 
-Weight = Tensor | Int8Weight
 ACTIVATIONS = (None, "gelu")
 MAX_GROUP = 4
 

@@ -12,10 +12,8 @@ from torch import Tensor
 
 from glimpse_kernels._ext import extension
 from glimpse_kernels._tensors import DTYPE_CODES
-from glimpse_kernels.linear.weights import Int8Weight
+from glimpse_kernels.linear.weights import Int8Weight, Weight
 from glimpse_kernels.swiglu.cpu import swiglu
-
-Weight = Tensor | Int8Weight
 
 NONE, GELU, GATED = 0, 1, 2
 """`glimpse_linear_epilogue` of csrc/include/glimpse/linear.h."""

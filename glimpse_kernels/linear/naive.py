@@ -8,9 +8,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from glimpse_kernels.linear.weights import Int8Weight
-
-Weight = Tensor | Int8Weight
+from glimpse_kernels.linear.weights import Int8Weight, Weight
 
 
 def linear(

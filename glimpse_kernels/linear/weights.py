@@ -63,6 +63,9 @@ class Int8Weight:
         return (self.values.float() * scales).to(dtype)
 
 
+Weight = Tensor | Int8Weight
+
+
 def quantize_int8(weight: Tensor, group: int = INT8_GROUP) -> Int8Weight:
     """Round `weight [N, K]` (any float dtype) to 8 bits, symmetric around zero.
 

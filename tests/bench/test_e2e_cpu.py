@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,6 @@ NAMES = ["transformers", "unpruned", "pruned", "int8 unpruned", "int8 pruned"]
 
 app = typer.Typer()
 app.command()(e2e_cpu.main)
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*arguments: str) -> tuple[int, str]:

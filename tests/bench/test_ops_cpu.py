@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,13 +24,6 @@ FIGURES = {"ours_s", "torch_s", "ratio", "rate", "share_of_ceiling", "samples"}
 
 app = typer.Typer()
 app.command()(ops_cpu.main)
-
-
-@pytest.fixture(autouse=True)
-def same_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def run(*arguments: str) -> tuple[int, str]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 
-from glimpse_kernels import Int8Weight, gated_linear, linear, linear_group
-
-Weight = torch.Tensor | Int8Weight
+from glimpse_kernels import gated_linear, linear, linear_group
+from glimpse_kernels.linear import Weight
 
 
 @dataclass(frozen=True)
