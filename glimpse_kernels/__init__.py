@@ -15,8 +15,10 @@ from glimpse_kernels.compact import compact
 from glimpse_kernels.decode_attention import decode_attention
 from glimpse_kernels.dispatch import UnsupportedError, explain, force_backend, support_table
 from glimpse_kernels.glimpse_scores import glimpse_scores
+from glimpse_kernels.last_row_attention import last_row_attention
 from glimpse_kernels.linear import Int8Weight, gated_linear, linear, linear_group, quantize_int8
 from glimpse_kernels.patchify import patchify
+from glimpse_kernels.received_attention import received_attention
 from glimpse_kernels.recording import Recording
 from glimpse_kernels.rms_norm import rms_norm
 from glimpse_kernels.rope import mrope_cos_sin, rope, vision_rotary
@@ -37,11 +39,13 @@ __all__ = [
     "force_backend",
     "gated_linear",
     "glimpse_scores",
+    "last_row_attention",
     "linear",
     "linear_group",
     "mrope_cos_sin",
     "patchify",
     "quantize_int8",
+    "received_attention",
     "rms_norm",
     "rope",
     "select_tokens",

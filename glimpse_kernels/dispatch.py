@@ -6,11 +6,15 @@ A backend of an op lives in ``glimpse_kernels/<folder>/<backend>.py`` as a funct
 
 Environment: ``GLIMPSE_BACKEND`` in {auto, naive, cpu, triton, cuda}. A forced backend never falls back: an op it cannot
 serve raises `UnsupportedError`. Under ``auto`` the first usable backend in `PREFERENCE` order serves; when it is
-not the fastest one the table lists for the device, that is logged once with its reason.
+not the fastest one the table lists for the device, that is logged once with its reason. A GPU kernel that has never passed its
+tests on a GPU (`glimpse_kernels.proof`) is not chosen under ``auto``.
+
+With Triton's interpreter on (``TRITON_INTERPRET=1``), ``triton`` can be forced on CPU tensors: for tests.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import logging
@@ -22,7 +26,7 @@ from typing import Any
 
 import torch
 
-from glimpse_kernels import _ext
+from glimpse_kernels import _ext, _triton, proof
 
 logger = logging.getLogger("glimpse_kernels")
 
@@ -32,6 +36,7 @@ PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "naive"), "cuda": ("cud
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 KERNEL_FLOATS = (torch.float32, torch.bfloat16)
+"""dtypes of the C++ kernels; the Triton kernels have all of `FLOATS`."""
 
 
 class UnsupportedError(TypeError):
@@ -63,29 +68,35 @@ def _rows(
     symbols: tuple[str, ...] | None = None,
     naive: tuple[torch.dtype, ...] | None = FLOATS,
     cpu: tuple[torch.dtype, ...] | None = KERNEL_FLOATS,
+    triton: tuple[torch.dtype, ...] | None = FLOATS,
+    without: tuple[str, ...] = (),
 ) -> tuple[Support, ...]:
     folder = folder or op
-    return (
+    rows = (
+        Support(op, "triton", "cuda", triton, folder),
         Support(op, "cpu", "cpu", cpu, folder, (op,) if symbols is None else symbols),
         Support(op, "naive", "any", naive, folder, grad=True),
     )
+    return tuple(row for row in rows if row.backend not in without)
 
 
 _TABLE: tuple[Support, ...] = (
     *_rows("attention"),
     *_rows("decode_attention"),
     *_rows("glimpse_scores"),
+    *_rows("received_attention", without=("cpu",)),
+    *_rows("last_row_attention", without=("cpu",)),
     *_rows("vip_conditions", folder="vip", symbols=("linear",)),
     *_rows("vip", symbols=("linear", "rms_norm", "rope", "attention")),
-    *_rows("select_tokens", naive=(torch.float32,), cpu=(torch.float32,)),
-    *_rows("compact", naive=None, cpu=None),
+    *_rows("select_tokens", naive=(torch.float32,), cpu=(torch.float32,), triton=(torch.float32,)),
+    *_rows("compact", naive=None, cpu=None, triton=None),
     *_rows("rope"),
     *_rows("rms_norm"),
     *_rows("swiglu"),
     *_rows("linear"),
     *_rows("linear_group", folder="linear", symbols=("linear",)),
     *_rows("gated_linear", folder="linear", symbols=("linear",)),
-    *_rows("patchify", naive=(torch.uint8,), cpu=(torch.uint8,)),
+    *_rows("patchify", naive=(torch.uint8,), cpu=(torch.uint8,), triton=(torch.uint8,)),
 )
 
 _BY_OP: dict[str, tuple[Support, ...]] = {}
@@ -149,7 +160,8 @@ def _module_name(row: Support) -> str:
 
 def _judge(row: Support, device: str, dtype: torch.dtype, grad: bool) -> tuple[bool, str]:
     """Whether this row serves the request on this machine, and the reason in words."""
-    if row.device not in ("any", device):
+    interpreted = row.backend == "triton" and device == "cpu" and _triton.interpreting()
+    if row.device not in ("any", device) and not interpreted:
         return False, f"runs on {row.device} tensors, not on {device}"
     if row.dtypes is not None and dtype not in row.dtypes:
         words = ", ".join(_dtype_name(d) for d in row.dtypes)
@@ -164,6 +176,15 @@ def _judge(row: Support, device: str, dtype: torch.dtype, grad: bool) -> tuple[b
             if not hasattr(module, symbol):
                 return False, f"compiled extension has no {symbol}"
         reason = f"C++ ({module.isa()})"
+    elif row.backend == "triton":
+        if _triton.missing():
+            return False, _triton.missing()
+        reason = "Triton, interpreted" if interpreted else "Triton"
+        if not interpreted and _forced != "triton" and not proof.proven(row.op, row.backend):
+            return (
+                False,
+                "never run on a GPU yet (docs/gpu-status.md); GLIMPSE_BACKEND=triton takes it all the same",
+            )
     else:
         reason = "PyTorch definition"
     if importlib.util.find_spec(_module_name(row)) is None:
@@ -207,8 +228,8 @@ def _report_fallback(
     if grad:  # training asks for the definitions, nothing is lost
         return
     rows = {row.backend: row for row in _BY_OP[op]}
-    backend, _, reason = verdicts[0]
-    if backend not in rows:
+    backend, usable, reason = next(verdict for verdict in verdicts if verdict[0] in rows)
+    if usable:
         return
     if backend == "cpu" and _ext.compiled() is None:
         _log_once(
@@ -257,8 +278,24 @@ def select(op: str, device: torch.device | str, dtype: torch.dtype, *, grad: boo
         backend = choose(op, kind, dtype, grad=grad)
         row = next(r for r in _BY_OP[op] if r.backend == backend)
         found = getattr(importlib.import_module(_module_name(row)), op)
+        if backend == "triton" and kind == "cuda" and torch.cuda.device_count() > 1:
+            found = _on_the_device_of_its_tensors(found)
         _cache[key] = found
     return found
+
+
+def _on_the_device_of_its_tensors(serve: BackendFn) -> BackendFn:
+    """Triton launches on the current device, whichever GPU the tensors are on. With one GPU there is nothing to choose."""
+
+    @functools.wraps(serve)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        # The first tensor, or the first one of a list: all are on one device (`_tensors.expect_same_device`).
+        given = (t for a in args for t in (a if isinstance(a, list | tuple) else (a,)))
+        device = next((t.device for t in given if isinstance(t, torch.Tensor)), None)
+        with torch.cuda.device(device):
+            return serve(*args, **kwargs)
+
+    return run
 
 
 def table_markdown() -> str:

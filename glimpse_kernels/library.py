@@ -101,6 +101,56 @@ def _glimpse_scores_fake(q: Tensor, k: Tensor, token_index: Tensor, *_: Any, **_
     return q.new_empty(token_index.shape[0], q.shape[1], dtype=torch.float32)
 
 
+def _received_attention(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    *,
+    causal: bool = False,
+    q_positions: Tensor | None = None,
+    scale: float | None = None,
+    group: int = 1,
+    order: Tensor | None = None,
+) -> Tensor:
+    return gk.received_attention(
+        q,
+        k,
+        lse,
+        cu_seqlens_q,
+        cu_seqlens_k,
+        causal=causal,
+        q_positions=q_positions,
+        scale=scale,
+        group=group,
+        order=order,
+    )
+
+
+def _received_attention_fake(q: Tensor, k: Tensor, *_: Any, group: int = 1, **__: Any) -> Tensor:
+    return k.new_empty(k.shape[0] // group, dtype=torch.float32)
+
+
+def _last_row_attention(
+    q: Tensor,
+    k: Tensor,
+    cu_seqlens_k: Tensor,
+    token_index: Tensor,
+    token_seq: Tensor,
+    *,
+    scale: float | None = None,
+    lse: Tensor | None = None,
+) -> Tensor:
+    return gk.last_row_attention(q, k, cu_seqlens_k, token_index, token_seq, scale=scale, lse=lse)
+
+
+def _last_row_attention_fake(
+    q: Tensor, k: Tensor, cu_seqlens_k: Tensor, token_index: Tensor, *_: Any, **__: Any
+) -> Tensor:
+    return q.new_empty(token_index.shape[0], dtype=torch.float32)
+
+
 def _select_tokens(
     logits: Tensor,
     cu_groups: Tensor,
@@ -294,6 +344,18 @@ _register(
     "float? scale=None, Tensor? lse=None) -> Tensor",
     _glimpse_scores,
     _glimpse_scores_fake,
+)
+_register(
+    "received_attention(Tensor q, Tensor k, Tensor lse, Tensor cu_seqlens_q, Tensor cu_seqlens_k, *, "
+    "bool causal=False, Tensor? q_positions=None, float? scale=None, SymInt group=1, Tensor? order=None) -> Tensor",
+    _received_attention,
+    _received_attention_fake,
+)
+_register(
+    "last_row_attention(Tensor q, Tensor k, Tensor cu_seqlens_k, Tensor token_index, Tensor token_seq, *, "
+    "float? scale=None, Tensor? lse=None) -> Tensor",
+    _last_row_attention,
+    _last_row_attention_fake,
 )
 _register(
     "select_tokens(Tensor logits, Tensor cu_groups, *, float threshold, Tensor caps, Tensor floors, "

@@ -25,6 +25,7 @@ from glimpse_runtime.models.qwen2_5_vl.vision import VisionOutput
 from glimpse_runtime.packing import PackedBatch, cumulative
 from glimpse_runtime.plan import PrunePlan
 from glimpse_runtime.selection import row_bounds, select
+from glimpse_runtime.streams import SideStream
 from glimpse_runtime.timings import Timings
 
 
@@ -90,7 +91,11 @@ class Prefill:
             self._tail(0, self.batch.cu_seqlens, self.batch.num_rows)
             return
         scorer = self.plan.stages[0].score
-        prepared = scorer.prepare(vision.taps, layout) if scorer and vision and layout else None
+        # It depends on the pictures alone: it can run beside the layers before the stage.
+        beside = SideStream(self.batch.device)
+        prepared = beside.run(
+            lambda: scorer.prepare(vision.taps, layout) if scorer and vision and layout else None
+        )
         self._stage_layer = min(self.plan.stages[0].at.index, self.decoder.config.num_layers - 1)
         self._workspace = Workspace.allocate(
             self.decoder.config,
@@ -109,7 +114,7 @@ class Prefill:
         self.timings.before += time.perf_counter() - began
         began = time.perf_counter()
         if scorer is not None:
-            scores = scorer.score(self.seen, prepared)
+            scores = scorer.score(self.seen, prepared.join())
             self.scores = scores.float().index_select(0, self.batch.visual_order)
         self.timings.select += time.perf_counter() - began
 
@@ -194,7 +199,9 @@ class Prefill:
         lengths = torch.zeros(self.batch.batch_size, dtype=torch.int32)
         lengths[list(self.batch.probed)] = 1
         cu_q = cumulative(lengths).to(self.batch.device)
-        _, lse = attention(asked, keys, values, cu_q, self.batch.cu_seqlens, causal=True, return_lse=True)
+        _, lse = attention(
+            asked, keys, values, cu_q, self.batch.cu_seqlens, causal=True, max_seqlen_q=1, return_lse=True
+        )
         return lse
 
     def _reduce(self, selection: Selection, bounds: list[int], began: float) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from glimpse_kernels import _tensors as check
 from glimpse_kernels import dispatch
+from glimpse_kernels.attention import choice
 
 __all__ = ["attention"]
 
@@ -122,7 +123,21 @@ def attention(
         q_positions=q_positions,
         out=out,
     )
-    serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k, v))
+    grad = check.needs_grad(q, k, v)
+    serve = None
+    if q.is_cuda and not grad:
+        serve = choice.library(
+            q,
+            k,
+            v,
+            segments=cu_seqlens_q.shape[0] - 1,
+            causal=causal,
+            scale=scale,
+            positions=q_positions is not None,
+            bounded=max_seqlen_q is not None,
+        )
+    if serve is None:
+        serve = dispatch.select(op, q.device, q.dtype, grad=grad)
     return serve(
         q,
         k,

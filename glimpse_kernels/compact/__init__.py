@@ -92,7 +92,7 @@ def _span(t: Tensor) -> tuple[int, int]:
 
 
 def _refuse_overlap(op: str, name: str, src: Tensor, dst: Tensor) -> None:
-    if not src.numel() or not dst.numel() or src.device != dst.device:
+    if not src.numel() or not dst.numel() or src.device != dst.device or src.is_meta:
         return
     (a, a_end), (b, b_end) = _span(src), _span(dst)
     if a < b_end and b < a_end:

@@ -27,13 +27,14 @@ def linear(
 ) -> Tensor:
     """activation(x weight^T + bias).
 
-    x: [T, K], float32 or bfloat16 (the definition takes float16 too), last dimension contiguous, row stride free.
+    x: [T, K], float32, bfloat16 or (not in C++) float16, last dimension contiguous, row stride free.
     weight: [N, K] of x's dtype, last dimension contiguous, row stride free; or an `Int8Weight`.
     bias: [N] of x's dtype. activation: None or "gelu" (the exact one, with erf). out: [T, N] of x's dtype, row stride
     free, in other memory than x and weight.
 
-    Returns out. Sums, bias and activation are fp32 and are rounded once. The weights are read where they lie: few rows
-    stream them, many rows pack a block of them at a time into cache.
+    Returns out. Sums, bias and activation are fp32 and are rounded once; where torch multiplies (many rows of plain weights on
+    a GPU or on AMX), its GEMM rounds before the activation. The weights are read where they lie: few rows stream them, many
+    rows take a block of them at a time into cache.
 
     Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves the dtype or device.
     """
@@ -91,7 +92,8 @@ def gated_linear(
 ) -> Tensor:
     """silu(x gate^T + gate_bias) * (x up^T + up_bias): the first half of a gated MLP (Shazeer, arXiv:2002.05202, section 2).
 
-    x, gate and up ([N, K] both), their biases and out: as for `linear`. Neither product is ever stored.
+    x, gate and up ([N, K] both), their biases and out: as for `linear`. Neither product is stored, but where torch multiplies.
+    Halves of one matrix, the gate's rows first, then are one product.
 
     Returns out. Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves.
     """

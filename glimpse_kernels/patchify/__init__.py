@@ -44,8 +44,8 @@ def patchify(
     resample: filter of the resize, one of `RESAMPLE`. Bytes are those of Pillow's `Image.resize` (antialiased; a horizontal
         and a vertical pass, each rounded to bytes; weights of 22 fraction bits): Pillow, src/libImaging/Resample.c.
     down_first: the vertical pass comes first, as it does in Pillow 13 for some sizes; otherwise the horizontal one.
-    dtype: of the result, float32 or bfloat16 (the float32 values, rounded once); None: that of `out`, else float32.
-    out: [P, 3 * temporal_patch_size * patch_size**2] float32 or bfloat16, contiguous.
+    dtype: of the result, float32, bfloat16 or float16 (the float32 values, rounded once); None: that of `out`, else float32.
+    out: [P, 3 * temporal_patch_size * patch_size**2] of such a dtype, contiguous.
 
     Returns out [P, 3 * temporal * patch * patch] with P = height * width / patch_size**2. The merge_size x merge_size
     patches that are merged into one token follow each other; inside a row the order is (channel, frame, y, x), and
@@ -77,12 +77,12 @@ def patchify(
         raise ValueError(
             f"{_OP}: image: expected contiguous pixels and channels, found strides {list(image.stride())}"
         )
-    if dtype not in (None, torch.float32, torch.bfloat16):
-        raise TypeError(f"{_OP}: dtype: expected float32 or bfloat16, found {dtype}")
+    if dtype is not None and dtype not in dispatch.FLOATS:
+        raise TypeError(f"{_OP}: dtype: expected float32, bfloat16 or float16, found {dtype}")
     if out is not None:
         shape = (height // patch_size * (width // patch_size), channels * temporal_patch_size * patch_size**2)
         check.expect_shape(_OP, "out", out, shape, "[P, 3 * temporal * patch * patch]")
-        check.expect_dtype(_OP, "out", out, *((torch.float32, torch.bfloat16) if dtype is None else (dtype,)))
+        check.expect_dtype(_OP, "out", out, *(dispatch.FLOATS if dtype is None else (dtype,)))
         check.expect_contiguous(_OP, "out", out)
         check.expect_same_device(_OP, image.device, out=out)
     serve = dispatch.select(_OP, image.device, image.dtype)

@@ -31,8 +31,11 @@ def patchify(
     """See `glimpse_kernels.patchify`; arguments are checked there, `size` and `dtype` are those of the result."""
     height, width, channels = image.shape
     area = patch_size * patch_size
-    if out is None:
-        out = torch.empty(size[0] * size[1] // area, channels * temporal_patch_size * area, dtype=dtype)
+    wanted = out
+    # C++ writes no float16: the same values in float32, rounded afterwards.
+    written = torch.float32 if dtype is torch.float16 else dtype
+    if out is None or written is not dtype:
+        out = torch.empty(size[0] * size[1] // area, channels * temporal_patch_size * area, dtype=written)
     extension().patchify(
         image.data_ptr(),
         out.data_ptr(),
@@ -41,7 +44,7 @@ def patchify(
         size,
         RESAMPLE.index(resample),
         down_first,
-        DTYPE_CODES[dtype],
+        DTYPE_CODES[written],
         patch_size,
         temporal_patch_size,
         merge_size,
@@ -49,4 +52,6 @@ def patchify(
         list(std),
         rescale,
     )
-    return out
+    if written is dtype:
+        return out
+    return out.to(dtype) if wanted is None else wanted.copy_(out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -32,16 +33,20 @@ def patchify(
         image = resize(image, size, resample, down_first)
     height, width, channels = image.shape
     p, m = patch_size, merge_size
-    # Rescaled in double and rounded, then shifted and divided in single: the order of the NumPy processor.
-    x = (image.contiguous().double() * rescale).float()
-    x = (x - torch.tensor(mean, dtype=torch.float32, device=x.device)) / torch.tensor(
-        std, dtype=torch.float32, device=x.device
-    )
+    x = normalise(image.contiguous(), mean, std, rescale)
     # rows: (group row, group column, row in group, column in group); columns: (channel, frame, y, x)
     x = x.view(height // (p * m), m, p, width // (p * m), m, p, channels)
     x = x.permute(0, 3, 1, 4, 6, 2, 5).unsqueeze(5).expand(-1, -1, -1, -1, -1, temporal_patch_size, -1, -1)
     patches = x.reshape(-1, channels * temporal_patch_size * p * p)
     return patches.to(dtype) if out is None else out.copy_(patches)
+
+
+def normalise(image: Tensor, mean: Sequence[float], std: Sequence[float], rescale: float) -> Tensor:
+    """[..., C] uint8 → [..., C] float32: rescaled in double and rounded, then shifted and divided in single, in the order of
+    the NumPy processor."""
+    x = (image.double() * rescale).float()
+    shift, scale = (torch.tensor(list(v), dtype=torch.float32, device=x.device) for v in (mean, std))
+    return (x - shift) / scale
 
 
 def resize(image: Tensor, size: tuple[int, int], resample: str, down_first: bool = False) -> Tensor:
@@ -58,16 +63,20 @@ def _resize_first(x: Tensor, length: int, resample: str) -> Tensor:
     """[n, ...] uint8 → [length, ...] uint8: every output pixel is a weighted sum of neighbours, rounded and clipped."""
     if x.shape[0] == length:
         return x
-    first, weights = filter_weights(x.shape[0], length, resample)
+    # On an accelerator a copy for every tap would make the host wait as often.
+    first, weights = (t.to(x.device) for t in filter_weights(x.shape[0], length, resample))
     total = torch.full((length, *x.shape[1:]), 1 << (FRACTION_BITS - 1), dtype=torch.int32, device=x.device)
     for tap in range(weights.shape[1]):
-        neighbours = x[(first + tap).clamp(max=x.shape[0] - 1).to(x.device)]  # past the end the weight is 0
-        total += neighbours * weights[:, tap].view(-1, *[1] * (x.dim() - 1)).to(x.device)
+        neighbours = x[(first + tap).clamp(max=x.shape[0] - 1)]  # past the end the weight is 0
+        total += neighbours * weights[:, tap].view(-1, *[1] * (x.dim() - 1))
     return (total >> FRACTION_BITS).clamp(0, 255).to(torch.uint8)
 
 
+@lru_cache(maxsize=64)
 def filter_weights(length_in: int, length_out: int, resample: str) -> tuple[Tensor, Tensor]:
     """First input pixel [out] int64 and weights [out, taps] int32, in units of 2**-22, of every output pixel.
+
+    Tensors on the CPU, kept for the next call: not to be written to.
 
     The filter stands over the output pixel's centre. Where the picture shrinks it is stretched by the scale, so that it
     averages (antialiasing).
@@ -78,7 +87,7 @@ def filter_weights(length_in: int, length_out: int, resample: str) -> tuple[Tens
     reach = support * stretch
     taps = 2 * math.ceil(reach) + 1
     first = []
-    weights = torch.zeros(length_out, taps, dtype=torch.int32)
+    weights = torch.zeros(length_out, taps, dtype=torch.int32, device="cpu")
     for i in range(length_out):
         centre = (i + 0.5) * scale
         begin = max(int(centre - reach + 0.5), 0)
@@ -89,9 +98,9 @@ def filter_weights(length_in: int, length_out: int, resample: str) -> tuple[Tens
             total += v
         shares = [v / total if total else v for v in values]
         rounded = [int(s * 2**FRACTION_BITS + math.copysign(0.5, s)) for s in shares]
-        weights[i, : len(rounded)] = torch.tensor(rounded, dtype=torch.int32)
+        weights[i, : len(rounded)] = torch.tensor(rounded, dtype=torch.int32, device="cpu")
         first.append(begin)
-    return torch.tensor(first), weights
+    return torch.tensor(first, device="cpu"), weights
 
 
 def _box(x: float) -> float:
@@ -109,7 +118,7 @@ def _hamming(x: float) -> float:
     if x >= 1.0:
         return 0.0
     angle = x * math.pi
-    a, b = torch.tensor([0.54, 0.46]).tolist()  # Pillow holds these two in single precision
+    a, b = torch.tensor([0.54, 0.46], device="cpu").tolist()  # Pillow holds these two in single precision
     return math.sin(angle) / angle * (a + b * math.cos(angle))
 
 

@@ -18,7 +18,7 @@ def rms_norm(
 
     With `residual`: residual += x first, in place and rounded once to its dtype; the norm of the new residual is returned.
 
-    x: [..., C], float32 or bfloat16 (the definition takes float16 too); a leading [T] of any stride, last dimension
+    x: [..., C], float32, bfloat16 or (not in C++) float16; a leading [T] of any stride, last dimension
         contiguous. weight: [C] of x's dtype. eps: added to the mean square.
     residual: shape and dtype of x, overwritten. out: shape and dtype of x; may be x itself, not the residual.
 
@@ -30,10 +30,10 @@ def rms_norm(
     # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
     if not (isinstance(x, Tensor) and isinstance(weight, Tensor)):
         check.expect_tensors("rms_norm", x=x, weight=weight)
+    device = x.device
     if not (
         out is None
-        and x.is_cpu
-        and weight.is_cpu
+        and weight.device == device
         and x.dim() == 2
         and weight.shape == x.shape[1:]
         and weight.dtype is x.dtype
@@ -42,7 +42,7 @@ def rms_norm(
         and (
             residual is None
             or (
-                residual.is_cpu
+                residual.device == device
                 and residual.shape == x.shape
                 and residual.dtype is x.dtype
                 and residual.stride()[1] == 1
@@ -50,7 +50,7 @@ def rms_norm(
         )
     ):
         _check(x, weight, residual, out)
-    serve = dispatch.select("rms_norm", x.device, x.dtype, grad=check.needs_grad(x, weight, residual))
+    serve = dispatch.select("rms_norm", device, x.dtype, grad=check.needs_grad(x, weight, residual))
     return serve(x, weight, eps, residual=residual, out=out)
 
 

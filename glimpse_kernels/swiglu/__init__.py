@@ -14,7 +14,7 @@ __all__ = ["swiglu"]
 def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     """silu(gate) * up, element by element (Shazeer, arXiv:2002.05202, section 2).
 
-    gate, up: [T, I], float32 or bfloat16 (the definition takes float16 too), both of one dtype; last dimension contiguous,
+    gate, up: [T, I], float32, bfloat16 or (not in C++) float16, both of one dtype; last dimension contiguous,
         row stride free, so that both may be halves of one fused GEMM output. out: [T, I] of their dtype; may be gate or up.
 
     Returns out. Computed in fp32 and rounded once.
@@ -24,10 +24,10 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
     # The usual call, in as few looks at the tensors as it takes: one decoded token is less work than the full checks.
     if not (isinstance(gate, Tensor) and isinstance(up, Tensor)):
         check.expect_tensors("swiglu", gate=gate, up=up)
+    device = gate.device
     if not (
         out is None
-        and gate.is_cpu
-        and up.is_cpu
+        and up.device == device
         and gate.dim() == 2
         and gate.shape == up.shape
         and gate.dtype is up.dtype
@@ -35,7 +35,7 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
         and up.stride()[1] == 1
     ):
         _check(gate, up, out)
-    serve = dispatch.select("swiglu", gate.device, gate.dtype, grad=check.needs_grad(gate, up))
+    serve = dispatch.select("swiglu", device, gate.dtype, grad=check.needs_grad(gate, up))
     return serve(gate, up, out=out)
 
 

@@ -96,7 +96,8 @@ def vip(
     check.expect_same_device(op, scores.device, cos=cos, sin=sin, weights=weights.in_proj.weight)
     grad = check.needs_grad(scores, *given, *weights.tensors())
     serve = dispatch.select(op, scores.device, weights.dtype, grad=grad)
-    return serve(scores, given or None, weights, cu_seqlens, cos, sin)
+    # As it was given: a backend's `vip_conditions` may have computed more ahead than the conditions.
+    return serve(scores, conditions if given else None, weights, cu_seqlens, cos, sin)
 
 
 def vip_rotary(rows: Tensor, cols: Tensor, dim: int, theta: float = 10000.0) -> tuple[Tensor, Tensor]:

@@ -32,6 +32,7 @@ class VisionLayout:
         cu_windows: `[windows + 1]` int32 patch offsets of the windows (window attention).
         cos, sin: `[P, head_dim / 2]` fp32 rotary of the tower, window order.
         rows, cols: `[N]` int64 merged-grid coordinates of each visual token, raster order, each frame from 0.
+        longest_frame, longest_window: patches of the largest one, known from the grids alone.
     """
 
     grids: tuple[Grid, ...]
@@ -45,6 +46,8 @@ class VisionLayout:
     rows: torch.Tensor
     cols: torch.Tensor
     merge_unit: int
+    longest_frame: int
+    longest_window: int
 
     @property
     def cu_token_frames(self) -> torch.Tensor:
@@ -107,6 +110,8 @@ def vision_layout(grids: tuple[Grid, ...], config: VisionConfig, device: torch.d
         rows=torch.from_numpy(token_rows).to(device),
         cols=torch.from_numpy(token_cols).to(device),
         merge_unit=unit,
+        longest_frame=max(frames) * unit,
+        longest_window=max(windows) * unit,
     )
 
 

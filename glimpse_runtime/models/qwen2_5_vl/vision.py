@@ -101,8 +101,8 @@ class VisionTower:
             x = self._normed(hidden, delta, block.norm1, into)
             if number - 1 in wanted:  # the norm has just completed the stream of the block before
                 found[number - 1] = self._pool(hidden, layout)
-            cu = layout.cu_frames if number in config.full_attention_blocks else layout.cu_windows
-            delta = block.proj(self._attend(block, x, layout, cu, into), out=into.delta)
+            full = number in config.full_attention_blocks
+            delta = block.proj(self._attend(block, x, layout, full, into), out=into.delta)
             x = self._normed(hidden, delta, block.norm2, into)
             delta = block.down(block.gated(x, out=into.inner), out=into.delta)
         x = self._normed(hidden, delta, self.merger_norm, into)
@@ -122,13 +122,16 @@ class VisionTower:
         return rms_norm(delta, weight, self.config.eps, residual=hidden, out=into.x)
 
     def _attend(
-        self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, cu: torch.Tensor, into: _Buffers
+        self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, full: bool, into: _Buffers
     ) -> torch.Tensor:
         config = self.config
+        cu = layout.cu_frames if full else layout.cu_windows
+        longest = layout.longest_frame if full else layout.longest_window
         qkv = block.qkv(x, out=into.qkv)
         q, k, v = qkv.view(-1, 3, config.num_heads, config.head_dim).unbind(1)
         rope(q, k, layout.cos, layout.sin)
-        return attention(q, k, v, cu, cu, causal=False, out=into.attended).view(-1, config.hidden_size)
+        attended = attention(q, k, v, cu, cu, causal=False, max_seqlen_q=longest, out=into.attended)
+        return attended.view(-1, config.hidden_size)
 
     def _pool(self, hidden: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
         pooled = hidden.view(-1, self.config.merge_unit, hidden.shape[-1]).mean(dim=1)
