@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from glimpse_kernels import _triton
 from tests.kernels.kernel_cases import Case
 
 
@@ -33,6 +34,19 @@ def poison(monkeypatch: pytest.MonkeyPatch) -> None:
     """Uninitialised memory holds NaN (integers: a huge value): what is not written shows."""
     for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
         monkeypatch.setattr(owner, name, _poisoned(getattr(owner, name)))
+
+
+@pytest.fixture(autouse=True)
+def checked_launches() -> Iterator[None]:
+    """Launches that the interpreter runs keep to the rules of `tests.kernels.interpreter_checks`, and have bf16 as on a GPU."""
+    if not _triton.interpreting():
+        yield
+        return
+    from tests.kernels.interpreter_bf16 import exact_bfloat16
+    from tests.kernels.interpreter_checks import checking
+
+    with checking(), exact_bfloat16():
+        yield
 
 
 @pytest.fixture(autouse=True)

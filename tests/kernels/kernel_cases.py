@@ -4,14 +4,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
-from glimpse_kernels import _ext, dispatch
+from glimpse_kernels import _ext, _triton, dispatch
+from tests.stand_in import stand_in_gpu
+
+with torch.device("cpu"):
+    # A default device makes torch list its factories, once: before the fixture `poison` replaces some of them, or what they
+    # make would be on the CPU for good.
+    torch.empty(0)
 
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
 
@@ -45,14 +53,45 @@ def forced_isa(name: str) -> Iterator[None]:
         module.set_isa(before)
 
 
+class HostGenerators(TorchFunctionMode):
+    """Factories that are given a generator of the host draw there, and the values are moved: what `torch.Generator()` makes
+    is on the host whatever the default device, and torch refuses to mix. So a test has the same values on every device."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        generator = kwargs.get("generator")
+        if (
+            generator is None
+            or generator.device.type != "cpu"
+            or "device" in kwargs
+            or isinstance(args[0], Tensor)
+        ):
+            return func(*args, **kwargs)
+        return func(*args, **kwargs, device="cpu").to(self.device)
+
+
 @dataclass(frozen=True)
 class Case:
-    """One way to run an op: backend, instruction set (None outside C++) and dtype (None where the op takes any)."""
+    """One way to run an op: backend, instruction set (None outside C++), dtype (None where the op takes any) and device.
+
+    A test written for the `kernel` fixture serves every device: inside it, torch's factories make tensors on the case's own.
+    What comes from elsewhere (files, generators, module constants) has to be moved with `.to(kernel.device)`.
+    """
 
     op: str
     backend: str
     isa: str | None
     dtype: torch.dtype | None
+    device: str = "cpu"
+
+    @property
+    def interpreted(self) -> bool:
+        """Runs in Triton's interpreter: right, but as slow as NumPy. Keep shapes small (a few heads, lengths up to 300)."""
+        return self.backend == "triton" and _triton.interpreting()
 
     def __str__(self) -> str:
         dtype = "any" if self.dtype is None else str(self.dtype).removeprefix("torch.")
@@ -60,19 +99,26 @@ class Case:
 
     @contextmanager
     def active(self) -> Iterator[None]:
-        with dispatch.force_backend(self.backend):
-            if self.isa is None:
-                yield
-            else:
-                with forced_isa(self.isa):
-                    yield
+        with ExitStack() as stack:
+            if self.interpreted:
+                stack.enter_context(stand_in_gpu())
+            if self.isa is not None:
+                stack.enter_context(forced_isa(self.isa))
+            stack.enter_context(torch.device(self.device))
+            if self.device != "cpu":
+                stack.enter_context(HostGenerators(self.device))
+            stack.enter_context(dispatch.force_backend(self.backend))
+            yield
 
 
 def op_cases(op: str) -> list[object]:
-    """pytest parameters for the `kernel` fixture: all backends, instruction sets and dtypes for CPU tensors."""
+    """pytest parameters for the `kernel` fixture: all backends, instruction sets and dtypes that this machine can run.
+
+    Triton kernels run on the GPU if there is one, else in the interpreter on a stand-in for it; cases on a GPU carry the mark `gpu`.
+    """
     params: list[object] = []
     for row in dispatch.support_table():
-        if row.op != op or row.device not in ("cpu", "any"):
+        if row.op != op:
             continue
         if row.backend == "cpu" and _ext.compiled() is None:
             reason = f"compiled extension not available: {_ext.compiled_error()}"
@@ -80,10 +126,19 @@ def op_cases(op: str) -> list[object]:
                 pytest.param(Case(op, "cpu", None, None), id="cpu", marks=pytest.mark.skip(reason=reason))
             )
             continue
+        if row.backend == "triton" and not (_triton.interpreting() or torch.cuda.is_available()):
+            reason = _triton.missing() or "no GPU, and the interpreter is off"
+            params.append(
+                pytest.param(
+                    Case(op, "triton", None, None), id="triton", marks=pytest.mark.skip(reason=reason)
+                )
+            )
+            continue
+        on_gpu = row.device == "cuda" and not _triton.interpreting()
         for isa in isas_here() if row.backend == "cpu" else [None]:
             for dtype in row.dtypes or (None,):
-                case = Case(op, row.backend, isa, dtype)
-                params.append(pytest.param(case, id=str(case)))
+                case = Case(op, row.backend, isa, dtype, "cuda" if row.device == "cuda" else "cpu")
+                params.append(pytest.param(case, id=str(case), marks=[pytest.mark.gpu] if on_gpu else []))
     return params
 
 
@@ -103,6 +158,17 @@ def assert_as_good_as(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str
     assert found <= 2 * noise + one_rounding, (
         f"{what}: error {found:.3e}, plain PyTorch in the same dtype {noise:.3e}"
     )
+
+
+def assert_same(kernel: Case, ours: Tensor, other: Tensor) -> None:
+    """Two launches on tensors of other strides or alignments, or with another configuration, give equal bits; compiled by
+    Triton to some units in the last place: how many values a thread loads at once decides the order in which it adds them."""
+    if kernel.backend != "triton" or kernel.interpreted:
+        assert torch.equal(ours, other)
+        return
+    eps = torch.finfo(other.dtype).eps
+    most = other.abs().max().item() if other.numel() else 0.0
+    torch.testing.assert_close(ours, other, rtol=4 * eps, atol=2 * eps * most)
 
 
 def cu_seqlens(lengths: Sequence[int]) -> Tensor:

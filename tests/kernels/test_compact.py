@@ -14,8 +14,11 @@ from torch import Tensor
 from glimpse_kernels import compact
 from tests.kernels.kernel_cases import Case, op_cases
 
-all_cases = pytest.mark.parametrize("kernel", op_cases("compact"), indirect=True)
-
+CASES_HERE: list[Any] = op_cases("compact")
+all_cases = pytest.mark.parametrize("kernel", CASES_HERE, indirect=True)
+kernel_cases = pytest.mark.parametrize(
+    "kernel", [p for p in CASES_HERE if p.values[0].backend != "naive"], indirect=True
+)
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -31,7 +34,7 @@ def ints(x: list[int]) -> Tensor:
 
 
 def random(generator: torch.Generator, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    t = torch.randn(*shape, generator=generator)
+    t = torch.randn(*shape, generator=generator, device="cpu").to(torch.get_default_device())
     return t.to(dtype) if dtype.is_floating_point else (t * 1000).to(dtype)
 
 
@@ -63,7 +66,7 @@ def cases(draw: st.DrawFn) -> dict[str, Any]:
 
 @all_cases
 @pytest.mark.parametrize("dtype", DTYPES)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=cases(), heads=st.integers(1, 3), d=st.sampled_from([1, 7, 32, 80]), dv=st.sampled_from([3, 64]))
 def test_against_a_loop(
     kernel: Case, dtype: torch.dtype, case: dict[str, Any], heads: int, d: int, dv: int
@@ -127,11 +130,12 @@ def test_strided_views(kernel: Case, dtype: torch.dtype) -> None:
 @all_cases
 def test_large_enough_for_threads(kernel: Case) -> None:
     g = torch.Generator().manual_seed(2)
-    k = random(g, 5, 1500, 2, 64, dtype=torch.bfloat16)
-    v = random(g, 5, 1500, 2, 64, dtype=torch.bfloat16)
+    layers = 1 if kernel.interpreted else 5
+    k = random(g, layers, 1500, 2, 64, dtype=torch.bfloat16)
+    v = random(g, layers, 1500, 2, 64, dtype=torch.bfloat16)
     index = torch.arange(0, 1500, 2, dtype=torch.int32)
-    slots = torch.randperm(800, generator=g)[:750].int()
-    k_dst, v_dst = (torch.zeros(5, 800, 2, 64, dtype=torch.bfloat16) for _ in range(2))
+    slots = torch.randperm(800, generator=g, device="cpu")[:750].int().to(kernel.device)
+    k_dst, v_dst = (torch.zeros(layers, 800, 2, 64, dtype=torch.bfloat16) for _ in range(2))
     compact(index, slots, k, v, k_dst, v_dst, [])
     assert torch.equal(k_dst[:, slots.long()], k[:, ::2]) and torch.equal(v_dst[:, slots.long()], v[:, ::2])
 
@@ -144,6 +148,125 @@ def test_rows_or_keys_only(kernel: Case) -> None:
     k, out = torch.arange(6.0).view(1, 3, 1, 2), torch.zeros(1, 4, 1, 2)
     compact(ints([1]), ints([3]), k, None, out, None, [])
     assert out.flatten().tolist() == [0, 0, 0, 0, 0, 0, 2.0, 3.0]
+
+
+def follow(index: Tensor, slots: Tensor | None, pairs: Pairs, rows: Pairs) -> None:
+    """Runs the op and compares all of every destination with the loop."""
+    want = [(src, dst.clone()) for src, dst in pairs], [(src, dst.clone()) for src, dst in rows]
+    loop(index, slots, *want)
+    (k_src, k_dst), (v_src, v_dst) = pairs if pairs else [(None, None)] * 2
+    compact(index, slots, k_src, v_src, k_dst, v_dst, rows)
+    for (_, right), (_, got) in zip([*want[0], *want[1]], [*pairs, *rows], strict=True):
+        assert raw(right) == raw(got)
+
+
+def raw(t: Tensor) -> bytes:
+    return t.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
+
+
+@all_cases
+def test_rows_of_every_size(kernel: Case) -> None:
+    """Bytes that no wider unit divides, units of every width, views that are aligned to one element only."""
+    g = torch.Generator().manual_seed(3)
+    index = ints([4, -1, 0, 6, -1])
+    rows: Pairs = []
+    for width in (1, 2, 3, 4, 7, 8, 15, 16, 24, 1025):
+        rows.append((random(g, 7, width, dtype=torch.uint8), torch.full((6, width), 9, dtype=torch.uint8)))
+    for dtype in (torch.int16, torch.int32, torch.float32, torch.int64, torch.float64):
+        wide = random(g, 7, 40, dtype=dtype)
+        rows.append((wide[:, 1:34], torch.full((5, 50), 9, dtype=dtype)[:, 3:36]))
+    follow(index, None, [], rows)
+
+
+@all_cases
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128, torch.bool, torch.float16], ids=str)
+def test_other_dtypes(kernel: Case, dtype: torch.dtype) -> None:
+    every_kind_of_pair(dtype)
+
+
+@kernel_cases
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.uint16], ids=str)
+def test_dtypes_that_torch_cannot_index(kernel: Case, dtype: torch.dtype) -> None:
+    every_kind_of_pair(dtype)
+
+
+def every_kind_of_pair(dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(4)
+
+    def typed(*shape: int) -> Tensor:
+        if dtype is torch.bool:
+            return random(g, *shape) > 0
+        numbers = random(g, *shape, 16, dtype=torch.uint8)[..., : dtype.itemsize].contiguous()
+        return numbers.view(dtype).squeeze(-1)
+
+    pairs = [(typed(2, 6, 2, 3), typed(2, 9, 2, 3)) for _ in range(2)]
+    rows = [(typed(6), typed(4)), (typed(6, 5), typed(4, 5)), (typed(3, 6).t(), typed(3, 4).t())]
+    index, slots = ints([5, -1, 2, 0]), ints([0, 3, -1, 8])
+    want = [dst.clone() for _, dst in (*pairs, *rows)]
+    for i, row in enumerate(index.tolist()):
+        if row >= 0:
+            for (src, _), dst in zip(pairs, want[:2], strict=True):
+                if slots[i] >= 0:
+                    dst[:, int(slots[i])] = src[:, row]
+            for (src, _), dst in zip(rows, want[2:], strict=True):
+                dst[i] = src[row]
+    compact(index, slots, pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], rows)
+    for right, (_, got) in zip(want, (*pairs, *rows), strict=True):
+        assert raw(right) == raw(got)
+
+
+@all_cases
+def test_more_pairs_than_a_launch_takes(kernel: Case) -> None:
+    g = torch.Generator().manual_seed(5)
+    rows = [(random(g, 9, 1 + i % 5), torch.full((4, 1 + i % 5), torch.nan)) for i in range(21)]
+    follow(ints([8, 3, -1, 0]), None, [], rows)
+
+
+@all_cases
+def test_dimensions_in_any_order(kernel: Case) -> None:
+    g = torch.Generator().manual_seed(6)
+    src, dst = random(g, 3, 4, 2, 6), torch.full((3, 5, 4, 2), torch.nan)
+    rows = [
+        (src.permute(3, 0, 1, 2), dst.permute(1, 0, 2, 3)),
+        (src.permute(3, 2, 1, 0), torch.full((4, 2, 4, 3), torch.nan)),
+        (src[0, 0, :1].t(), torch.full((4, 1), torch.nan)),
+        (random(g, 6, 1)[:, :0], torch.full((4, 0), torch.nan)),
+        (random(g, 1, 3).expand(6, 3), torch.full((4, 3), torch.nan)),
+    ]
+    follow(ints([1, -1, 5, 0]), None, [], rows)
+
+
+@all_cases
+@pytest.mark.parametrize("alive", [0.0, 0.1, 1.0])
+def test_long_index(kernel: Case, alive: float) -> None:
+    """More blocks of entries than programs: alive ones first, and dead ones between them too."""
+    g = torch.Generator().manual_seed(7)
+    t, m = 300, 400 if kernel.interpreted else 7000
+    chosen = torch.randint(0, t, (m,), generator=g, device="cpu").int()
+    keep = torch.rand(m, generator=g, device="cpu") < alive
+    index = torch.where(keep, chosen, -1).to(kernel.device)
+    slots = torch.randperm(m, generator=g, device="cpu").int().to(kernel.device)
+    pairs = [(random(g, 3, t, 1, d), torch.full((3, m, 1, d), torch.nan)) for d in (8, 6)]
+    rows = [(random(g, t, 2), torch.full((m, 2), torch.nan))]
+    want = [dst.clone() for _, dst in (*pairs, *rows)]
+    at = keep.nonzero().flatten().to(kernel.device)
+    for (src, _), dst in zip(pairs, want[:2], strict=True):
+        dst[:, slots[at].long()] = src[:, index[at].long()]
+    want[2][at] = rows[0][0][index[at].long()]
+    compact(index, slots, pairs[0][0], pairs[1][0], pairs[0][1], pairs[1][1], rows)
+    for right, (_, got) in zip(want, (*pairs, *rows), strict=True):
+        assert torch.equal(bits(right), bits(got))
+
+
+@all_cases
+def test_nothing_to_do(kernel: Case) -> None:
+    """No layers, no entries, no rows: no tensor is touched."""
+    out = torch.full((1, 3, 1, 2), torch.nan)
+    compact(ints([1]), ints([0]), torch.zeros(0, 4, 1, 2), None, torch.zeros(0, 3, 1, 2), None, [])
+    compact(ints([]), ints([]), torch.zeros(1, 4, 1, 2), None, out, None, [])
+    compact(ints([-1]), ints([0]), torch.zeros(1, 0, 1, 2), None, out, None, [])
+    compact(ints([-1, -1]), ints([0, 1]), torch.zeros(1, 4, 1, 2), None, out, None, [])
+    assert out.isnan().all()
 
 
 def test_bad_arguments() -> None:

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -18,7 +20,7 @@ all_cases = pytest.mark.parametrize("kernel", op_cases("decode_attention"), indi
 
 @dataclass
 class Pool:
-    """A paged pool whose unused slots hold NaN and whose unused table entries name no block."""
+    """A paged pool whose unused slots hold NaN and whose unused table entries name blocks far outside of it."""
 
     q: Tensor
     k: Tensor
@@ -29,11 +31,22 @@ class Pool:
     def run(self, **options: object) -> Tensor:
         return decode_attention(self.q, self.k, self.v, self.table, self.lengths, **options)  # type: ignore[arg-type]
 
+    def row(self, b: int) -> Pool:
+        """Row b as a batch of one."""
+        return Pool(self.q[b : b + 1], self.k, self.v, self.table[b : b + 1], self.lengths[b : b + 1])
+
     def gathered(self, b: int) -> tuple[Tensor, Tensor]:
         """Keys and values of row b, [length, Hkv, D], read slot by slot."""
         size = self.k.shape[1]
         slots = [(int(self.table[b, j // size]), j % size) for j in range(int(self.lengths[b]))]
         return torch.stack([self.k[s] for s in slots]), torch.stack([self.v[s] for s in slots])
+
+
+def garbage(rows: int, columns: int) -> Tensor:
+    """A block table that names no block: the largest and the smallest numbers in turn."""
+    table = torch.full((rows, columns), 2**31 - 1, dtype=torch.int32)
+    table[:, 1::2] = -(2**31)
+    return table
 
 
 def make_pool(
@@ -47,7 +60,7 @@ def make_pool(
     order = torch.randperm(sum(blocks_of) + 2).tolist()
     k = torch.full((len(order), block_size, heads[1], dims[0]), float("nan"), dtype=dtype)
     v = torch.full((len(order), block_size, heads[1], dims[1]), float("nan"), dtype=dtype)
-    table = torch.full((len(lengths), max([*blocks_of, 1]) + 1), -1, dtype=torch.int32)
+    table = garbage(len(lengths), max([*blocks_of, 1]) + 1)
     for b, length in enumerate(lengths):
         for i in range(blocks_of[b]):
             block, used = order.pop(), min(block_size, length - i * block_size)
@@ -58,8 +71,10 @@ def make_pool(
     return Pool(q, k, v, table, torch.tensor(lengths, dtype=torch.int32))
 
 
-def check(pool: Pool, scale: float | None = None) -> None:
-    out = pool.run(scale=scale)
+def check(pool: Pool, scale: float | None = None, out: Tensor | None = None) -> None:
+    """The row by row result in double, and how far torch is from it in the pool's dtype. out: what to check, else a run."""
+    if out is None:
+        out = pool.run(scale=scale)
     assert out.dtype == pool.q.dtype
     factor = pool.q.shape[2] ** -0.5 if scale is None else scale
     for b, length in enumerate(pool.lengths.tolist()):
@@ -135,14 +150,31 @@ def test_empty_batch(kernel: Case) -> None:
     assert make_pool([], (4, 2), (16, 8), kernel.dtype).run().shape == (0, 4, 8)
 
 
+@contextmanager
+def cut_into(kernel: Case, runs: int | None, dim: int = 64) -> Iterator[None]:
+    """Triton: rows are cut into so many runs, whatever the batch. None, or another backend: as it likes.
+
+    dim: 64, 128 or 256, at least the head dimensions.
+    """
+    if kernel.backend != "triton" or runs is None:
+        yield
+        return
+    from glimpse_kernels.decode_attention import triton
+
+    config = triton.CONFIGS.pick(80, (torch.empty(0, dtype=kernel.dtype).element_size(), dim))
+    with triton.CONFIGS.forced(replace(config, runs=runs)):
+        yield
+
+
 @all_cases
-def test_row_alone_equals_row_in_batch(kernel: Case) -> None:
+@pytest.mark.parametrize("runs", [1, 4])
+def test_row_alone_equals_row_in_batch(kernel: Case, runs: int) -> None:
     assert kernel.dtype is not None
     pool = make_pool([300, 17, 600], (4, 2), (32, 32), kernel.dtype)
-    whole = pool.run()
-    for b in range(3):
-        alone = Pool(pool.q[b : b + 1], pool.k, pool.v, pool.table[b : b + 1], pool.lengths[b : b + 1])
-        assert torch.equal(alone.run()[0], whole[b])
+    with cut_into(kernel, runs):
+        whole = pool.run()
+        for b in range(3):
+            assert torch.equal(pool.row(b).run()[0], whole[b])
 
 
 @all_cases

@@ -5,13 +5,25 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 import glimpse_kernels
-from glimpse_kernels import UnsupportedError, _ext, attention, dispatch, explain, force_backend, support_table
+from glimpse_kernels import (
+    UnsupportedError,
+    _ext,
+    _triton,
+    attention,
+    dispatch,
+    explain,
+    force_backend,
+    support_table,
+)
 
 ROOT = Path(__file__).parents[2]
 needs_extension = pytest.mark.skipif(
@@ -39,12 +51,14 @@ def test_every_op_is_exported_and_has_a_definition() -> None:
         rows = [row for row in support_table() if row.op == op]
         assert any(row.backend == "naive" and row.device == "any" for row in rows), op
         for row in rows:
+            if row.backend == "triton" and _triton.missing():
+                continue
             module = importlib.import_module(f"glimpse_kernels.{row.folder}.{row.backend}")
             assert callable(getattr(module, op)), row
 
 
 @needs_extension
-@pytest.mark.parametrize("op", dispatch.ops())
+@pytest.mark.parametrize("op", [row.op for row in support_table() if row.backend == "cpu"])
 def test_cpu_backend_serves_every_op(op: str) -> None:
     row = next(row for row in support_table() if row.op == op and row.backend == "cpu")
     for dtype in row.dtypes or (torch.int64,):
@@ -140,3 +154,74 @@ def test_documented_table_is_the_table() -> None:
     assert dispatch.table_markdown() in page, (
         "the table in docs/kernels.md is not what table_markdown() prints"
     )
+
+
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU of this number."""
+
+    device: torch.device  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, number: int) -> OnGpu:
+        return torch.ones(2).as_subclass(cls)
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func == torch.Tensor.device.__get__:  # type: ignore[attr-defined]
+            return torch.device("cuda", args[0].number)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_triton_runs_on_the_gpu_of_its_tensors(gpus: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device; with one GPU that is the one, and calls go straight to the kernel."""
+    current, seen = [0], []
+
+    @contextmanager
+    def device(wanted: torch.device | None) -> Iterator[None]:
+        before = current[0]
+        current[0] = before if wanted is None or wanted.index is None else wanted.index
+        try:
+            yield
+        finally:
+            current[0] = before
+
+    def kernel(*args: object, eps: float = 0.0) -> float:
+        seen.append(current[0])
+        return eps
+
+    module = importlib.import_module("glimpse_kernels.rms_norm.naive")
+    monkeypatch.setattr(module, "rms_norm", kernel)
+    monkeypatch.setattr(dispatch, "_module_name", lambda row: "glimpse_kernels.rms_norm.naive")
+    monkeypatch.setattr(dispatch, "choose", lambda *_, **__: "triton")
+    monkeypatch.setattr(dispatch, "_cache", {})
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    serve = dispatch.select("rms_norm", "cuda", torch.bfloat16)
+    assert (serve is kernel) == (gpus == 1)
+    assert dispatch.select("rms_norm", "cuda", torch.bfloat16) is serve
+    assert serve(OnGpu(1), eps=0.5) == 0.5
+    serve([OnGpu(1), OnGpu(1)], None)
+    serve(OnGpu(0))
+    serve(None)
+    assert seen == ([1, 1, 0, 0] if gpus > 1 else [0, 0, 0, 0])
+    assert current == [0]
+    assert dispatch.select("rms_norm", "cpu", torch.bfloat16) is kernel
+
+
+@pytest.mark.parametrize(
+    "capability, want", [(75, None), (80, "80"), (86, "80"), (90, "90"), (100, "100"), (120, "80")]
+)
+def test_configuration_of_a_capability(capability: int, want: str | None) -> None:
+    """That of the highest one that is not above it; 12.x is no 10.0. The same when asked again."""
+    configs = _triton.Configs("test", {(80, "key"): "80", (90, "key"): "90", (100, "key"): "100"})
+    if want is None:
+        with pytest.raises(KeyError, match="no launch configuration"):
+            configs.pick(capability, "key")
+    else:
+        assert configs.pick(capability, "key") == want
+        configs.table.clear()  # found once, it is not looked for again
+        assert configs.pick(capability, "key") == want

@@ -42,6 +42,11 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
         "linear_group": ((x, [torch.randn(6, 16), torch.randn(2, 16)], []), {}),
         "gated_linear": ((x, torch.randn(6, 16), torch.randn(6, 16), torch.randn(6)), {}),
         "glimpse_scores": ((q[:2], k, ints(0, 3, 5), ints(0, 0, 1)), {"lse": torch.randn(2, 4)}),
+        "received_attention": (
+            (q, k, torch.randn(7, 4), ints(0, 3, 7), ints(0, 3, 7)),
+            {"causal": True, "q_positions": ints(0, 2, 1, 3, 3, 0, -1), "order": torch.randperm(7).int()},
+        ),
+        "last_row_attention": ((q[:2], k, ints(0, 4, 7), ints(0, 3, 5), ints(0, 0, 1)), {}),
         "select_tokens": (
             (torch.randn(6), ints(0, 2, 6)),
             {

@@ -8,17 +8,23 @@ random sign add up to, the square root of their number times the magnitude of th
 from __future__ import annotations
 
 import importlib
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from glimpse_kernels import Int8Weight, _ext, gated_linear, linear, linear_group, quantize_int8
-from tests.kernels.kernel_cases import Case, assert_as_good_as, op_cases
+from glimpse_kernels import Int8Weight, _ext, _triton, gated_linear, linear, linear_group, quantize_int8
+from tests.kernels.arena import spread
+from tests.kernels.kernel_cases import Case, assert_as_good_as, assert_same, op_cases
 
 cpu = importlib.import_module("glimpse_kernels.linear.cpu")
+ours: Any = None if _triton.missing() else importlib.import_module("glimpse_kernels.linear.triton")
 all_cases = pytest.mark.parametrize("kernel", op_cases("linear"), indirect=True)
+triton_cases = pytest.mark.parametrize(
+    "kernel", [c for c in op_cases("linear") if c.id.startswith("triton-")], indirect=True
+)
 compiled_only = pytest.mark.skipif(
     _ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}"
 )
@@ -53,6 +59,16 @@ def data(rows: int, depth: int, cols: int, dtype: torch.dtype) -> tuple[Tensor, 
     return x, weight, torch.randn(cols, generator=g).to(dtype)
 
 
+def feasible(kernel: Case, shape: tuple[int, int, int]) -> tuple[int, int, int]:
+    """The shape, or for the interpreter one with fewer tiles on the same side of the border between few rows and many."""
+    rows, depth, cols = shape
+    if not kernel.interpreted or 1 < rows <= 16:
+        return shape
+    return (
+        (1, min(depth, 530), min(cols, 21)) if rows == 1 else (min(rows, 40), min(depth, 290), min(cols, 140))
+    )
+
+
 def matrix(weight: Tensor | Int8Weight) -> Tensor:
     """The weight in double precision; int8 spelled out entry by entry."""
     if isinstance(weight, Tensor):
@@ -76,6 +92,7 @@ def check(got: Tensor, theirs: Tensor, truth: Tensor, terms: Tensor, depth: int,
 @pytest.mark.parametrize("int8", [False, True])
 def test_values(kernel: Case, shape: tuple[int, int, int], int8: bool) -> None:
     assert kernel.dtype is not None
+    shape = feasible(kernel, shape)
     x, plain, bias = data(*shape, kernel.dtype)
     weight = quantize_int8(plain) if int8 else plain
     exact = matrix(weight)
@@ -95,6 +112,7 @@ def test_values(kernel: Case, shape: tuple[int, int, int], int8: bool) -> None:
 @pytest.mark.parametrize("int8", [False, True])
 def test_gated(kernel: Case, shape: tuple[int, int, int], int8: bool) -> None:
     assert kernel.dtype is not None
+    shape = feasible(kernel, shape)
     x, gate, gate_bias = data(*shape, kernel.dtype)
     up, up_bias = gate.flip(1).contiguous(), gate_bias.flip(0).contiguous()
     weights = (quantize_int8(gate), quantize_int8(up)) if int8 else (gate, up)
@@ -117,7 +135,7 @@ def test_gated(kernel: Case, shape: tuple[int, int, int], int8: bool) -> None:
 def test_group_is_each_alone(kernel: Case, rows: int, int8: bool) -> None:
     """Four weights of different sizes, results as views of one buffer whose other columns stay as they are."""
     assert kernel.dtype is not None
-    sizes = [70, 1, 16, 130]
+    sizes = [21, 1, 16, 34] if kernel.interpreted else [70, 1, 16, 130]
     x, fused, bias = data(rows, 96, sum(sizes), kernel.dtype)
     plain = [w.contiguous() for w in fused.split(sizes)]
     weights = [quantize_int8(w) for w in plain] if int8 else plain
@@ -163,6 +181,148 @@ def test_bad_numbers_stay_in_their_row(kernel: Case, rows: int) -> None:
     gated = gated_linear(x, weight, weight)
     assert gated[1].isnan().all() and gated[0].isfinite().all()
     torch.testing.assert_close(got[0], clean[0])
+
+
+@all_cases
+@pytest.mark.parametrize("rows", [1, 6, 33])
+def test_nothing_beside_the_matrices_is_read(kernel: Case, rows: int) -> None:
+    """x, weights and biases as views into memory that holds NaN everywhere else."""
+    assert kernel.dtype is not None
+    x, weight, bias = data(rows, 99, 37, kernel.dtype)
+    theirs, truth = F.linear(x, weight, bias), F.linear(x.double(), weight.double(), bias.double())
+    places = [
+        torch.full((t.shape[0] + 3, t.shape[-1] + 9), torch.nan, dtype=t.dtype)
+        for t in (x, weight, bias[None])
+    ]
+    views = []
+    for place, t in zip(places, (x, weight, bias[None]), strict=True):
+        views.append(place[1 : 1 + t.shape[0], 4 : 4 + t.shape[1]].copy_(t))
+    x, weight, bias = views[0], views[1], views[2][0]
+    terms = x.double().abs() @ weight.double().abs().T + bias.double().abs()
+    check(linear(x, weight, bias), theirs, truth, terms, 99, "linear")
+    for got in linear_group(x, [weight, weight], [bias, bias]):
+        check(got, theirs, truth, terms, 99, "group")
+    gated = gated_linear(x, weight, weight, bias, bias)
+    check(gated, F.silu(theirs) * theirs, F.silu(truth) * truth, 4 * terms * (1 + terms), 99, "gated")
+
+
+@triton_cases
+@pytest.mark.parametrize("rows", [1, 4])
+def test_rows_further_apart_than_32_bits_reach(kernel: Case, rows: int) -> None:
+    """x, weights and results with 2^30 elements from one row to the next."""
+    assert kernel.dtype is not None
+    x, weight, bias = data(rows, 40, 4, kernel.dtype)
+    want, gated = linear(x, weight, bias), gated_linear(x, weight, weight, bias, bias)
+    step = 2**30
+    far = spread(weight, 0, step)
+    out = spread(torch.full_like(want, torch.nan), 0, step)
+    wide = spread(x, 0, step)
+    assert_same(kernel, linear(wide, far, bias, out=out), want)
+    assert_same(kernel, gated_linear(wide, far, far, bias, bias), gated)
+
+
+@all_cases
+@pytest.mark.parametrize("rows", [1, 3, 20])
+def test_gate_and_up_laid_together(kernel: Case, rows: int) -> None:
+    """The two halves of one matrix, with both biases, with one and with none."""
+    assert kernel.dtype is not None
+    x, both, bias = data(rows, 64, 2 * 20, kernel.dtype)
+    apart = [w.clone() for w in both.chunk(2)]
+    gate, up = both.chunk(2)
+    gate_bias, up_bias = bias.chunk(2)
+    for biases in ((None, None), (gate_bias, up_bias), (gate_bias, None), (None, up_bias)):
+        got, want = gated_linear(x, gate, up, *biases), gated_linear(x, *apart, *biases)
+        torch.testing.assert_close(got, want, rtol=1e-6 if kernel.dtype is torch.float32 else 0.02, atol=1e-2)
+        out = torch.full_like(got, torch.nan)
+        assert gated_linear(x, gate, up, *biases, out=out).data_ptr() == out.data_ptr()
+        assert torch.equal(out, got)
+
+
+@all_cases
+@pytest.mark.parametrize("group", [32, 64, 96])
+@pytest.mark.parametrize("rows", [1, 9, 21])
+def test_groups_of_other_sizes(kernel: Case, group: int, rows: int) -> None:
+    """Scales far apart, and a last group that is shorter."""
+    assert kernel.dtype is not None
+    x, plain, bias = data(rows, 200, 33, kernel.dtype)
+    steps = torch.logspace(-2, 1, 200)[None]
+    weight = quantize_int8(plain.float() * steps, group)
+    exact = matrix(weight)
+    theirs, truth = F.linear(x, exact.to(x.dtype), bias), x.double() @ exact.T + bias.double()
+    terms = x.double().abs() @ exact.abs().T + bias.double().abs()
+    check(linear(x, weight, bias), theirs, truth, terms, 200, f"groups of {group}")
+
+
+@triton_cases
+@pytest.mark.parametrize("int8", [False, True])
+def test_row_tiles_of_any_size_sum_in_one_order(kernel: Case, int8: bool) -> None:
+    """A row alone: the same bits from every configuration of the table."""
+    assert kernel.dtype is not None
+    x, plain, bias = data(1, 530, 35, kernel.dtype)
+    weight = quantize_int8(plain) if int8 else plain
+    found = []
+    for config in ours.ROW.table.values():
+        with ours.ROW.forced(config):
+            found.append((linear(x, weight, bias), gated_linear(x, weight, weight, bias, bias)))
+    for y, gated in found[1:]:
+        assert_same(kernel, y, found[0][0])
+        assert_same(kernel, gated, found[0][1])
+
+
+@triton_cases
+def test_every_tile_of_the_table(kernel: Case) -> None:
+    assert kernel.dtype is not None
+    for (_, (kind, what)), config in ours.TILE.table.items():
+        if (kind == "fp32") is not (kernel.dtype is torch.float32):
+            continue
+        for rows in (133,) if what in ("many rows", "most rows") else (11,):
+            x, plain, bias = data(rows, 140, 135, kernel.dtype)
+            weight = plain if kind == "plain" else quantize_int8(plain)
+            exact = matrix(weight)
+            terms = x.double().abs() @ exact.abs().T + bias.double().abs()
+            truth, theirs = x.double() @ exact.T + bias.double(), F.linear(x, exact.to(x.dtype), bias)
+            with ours.TILE.forced(config):
+                check(linear(x, weight, bias), theirs, truth, terms, 140, f"{kind} {what} {rows}")
+                got = gated_linear(x, weight, weight, bias, bias)
+            check(
+                got,
+                F.silu(theirs) * theirs,
+                F.silu(truth) * truth,
+                4 * terms * (1 + terms),
+                140,
+                f"gated {kind} {what}",
+            )
+
+
+@triton_cases
+@pytest.mark.parametrize("int8", [False, True])
+def test_a_row_does_not_depend_on_the_others(kernel: Case, int8: bool) -> None:
+    assert kernel.dtype is not None
+    x, plain, bias = data(16, 260, 50, kernel.dtype)
+    weight = quantize_int8(plain) if int8 else plain
+    whole = linear(x, weight, bias)
+    for rows in (2, 7, 15):
+        assert torch.equal(linear(x[:rows], weight, bias), whole[:rows])
+
+
+@triton_cases
+def test_eight_bits_from_the_tile_that_the_number_of_tiles_asks_for(kernel: Case) -> None:
+    """Few tiles of the larger size: the smaller one; bits do not tell."""
+    if kernel.dtype is torch.float32:
+        return
+    assert kernel.dtype is not None
+    x, plain, bias = data(130, 130, 140, kernel.dtype)
+    weight = quantize_int8(plain)
+    with _triton.force_chip(_triton.Chip(90, 1000)):
+        small = linear(x, weight, bias)
+    with _triton.force_chip(_triton.Chip(80, 1)):
+        large = linear(x, weight, bias)
+    theirs, truth = (
+        F.linear(x, matrix(weight).to(x.dtype), bias),
+        x.double() @ matrix(weight).T + bias.double(),
+    )
+    assert_as_good_as(small, theirs, truth)
+    assert_as_good_as(large, theirs, truth)
 
 
 @compiled_only

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from glimpse_kernels import patchify
+from glimpse_kernels.patchify.naive import patchify as definition
 from tests.kernels.kernel_cases import Case, op_cases
 
 all_cases = pytest.mark.parametrize("kernel", op_cases("patchify"), indirect=True)
@@ -30,10 +31,10 @@ def picture(height: int, width: int) -> torch.Tensor:
 def test_processor(kernel: Case, size: tuple[int, int]) -> None:
     image = picture(*size)
     processor = Qwen2VLImageProcessorPil(do_resize=False, image_mean=list(MEAN), image_std=list(STD))
-    batch = processor(images=[image.numpy()], return_tensors="np")
+    batch = processor(images=[image.cpu().numpy()], return_tensors="np")
     got = patchify(image, mean=MEAN, std=STD)
     assert batch["image_grid_thw"].tolist() == [[1, size[0] // 14, size[1] // 14]]
-    np.testing.assert_allclose(got.numpy(), batch["pixel_values"], rtol=3e-7, atol=2e-7)
+    np.testing.assert_allclose(got.cpu().numpy(), batch["pixel_values"], rtol=3e-7, atol=2e-7)
 
 
 @all_cases
@@ -49,7 +50,7 @@ def test_other_sizes(kernel: Case, patch: int, temporal: int, merge: int) -> Non
         image_std=[0.5, 1.0, 2.0],
         rescale_factor=1 / 127,
     )
-    want = processor(images=[image.numpy()], return_tensors="np")["pixel_values"]
+    want = processor(images=[image.cpu().numpy()], return_tensors="np")["pixel_values"]
     out = torch.full(want.shape, torch.nan)
     got = patchify(
         image,
@@ -62,7 +63,7 @@ def test_other_sizes(kernel: Case, patch: int, temporal: int, merge: int) -> Non
         out=out,
     )
     assert got.data_ptr() == out.data_ptr()
-    np.testing.assert_allclose(got.numpy(), want, rtol=3e-7, atol=2e-7)
+    np.testing.assert_allclose(got.cpu().numpy(), want, rtol=3e-7, atol=2e-7)
 
 
 @all_cases
@@ -87,6 +88,28 @@ def test_every_value_of_every_channel(kernel: Case) -> None:
                 assert torch.allclose(got[row, col, :, frame].double(), patch, atol=5e-7)
 
 
+@all_cases
+def test_rounded_dtypes(kernel: Case) -> None:
+    """The float32 values, rounded once, with out= and without; a resize before it changes nothing about that."""
+    for image, size in ((picture(56, 84), None), (picture(50, 61), (56, 84))):
+        exact = patchify(image, mean=MEAN, std=STD, size=size)
+        for dtype in (torch.bfloat16, torch.float16):
+            got = patchify(image, mean=MEAN, std=STD, size=size, dtype=dtype)
+            assert got.dtype is dtype and torch.equal(got, exact.to(dtype))
+            out = torch.full_like(got, torch.nan)
+            assert patchify(image, mean=MEAN, std=STD, size=size, out=out).data_ptr() == out.data_ptr()
+            assert torch.equal(out, got)
+
+
+@all_cases
+@pytest.mark.parametrize(("given", "size"), [((84, 56), (84, 56)), ((90, 41), (56, 84))])
+def test_definition_bit_for_bit(kernel: Case, given: tuple[int, int], size: tuple[int, int]) -> None:
+    image = picture(*given)
+    got = patchify(image, mean=MEAN, std=STD, size=size)
+    want = definition(image.cpu(), mean=MEAN, std=STD, size=size)
+    assert torch.equal(got.cpu(), want)
+
+
 FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
@@ -102,7 +125,7 @@ def assert_pillow(image: torch.Tensor, size: tuple[int, int], resample: str) -> 
     height, width = image.shape[:2]
     down_first = PILLOW_13 and height - size[0] > max(0, 2 * (width - size[1]))
     want = np.asarray(
-        Image.fromarray(image.contiguous().numpy()).resize((size[1], size[0]), FILTERS[resample])
+        Image.fromarray(image.contiguous().cpu().numpy()).resize((size[1], size[0]), FILTERS[resample])
     )
     got = patchify(
         image,
@@ -116,7 +139,7 @@ def assert_pillow(image: torch.Tensor, size: tuple[int, int], resample: str) -> 
         merge_size=1,
         rescale=1.0,
     )
-    np.testing.assert_array_equal(got.view(*size, 3).numpy(), want)
+    np.testing.assert_array_equal(got.view(*size, 3).cpu().numpy(), want)
 
 
 @all_cases
@@ -174,12 +197,12 @@ def test_resize_equals_the_processor(kernel: Case, given: tuple[int, int]) -> No
     processor = Qwen2VLImageProcessorPil(
         min_pixels=56 * 56, max_pixels=140 * 140, image_mean=list(MEAN), image_std=list(STD)
     )
-    batch = processor(images=[image.numpy()], return_tensors="np")
+    batch = processor(images=[image.cpu().numpy()], return_tensors="np")
     _, rows, columns = batch["image_grid_thw"][0].tolist()
     size = (14 * rows, 14 * columns)
     down_first = PILLOW_13 and given[0] - size[0] > max(0, 2 * (given[1] - size[1]))
     got = patchify(image, mean=MEAN, std=STD, size=size, down_first=down_first)
-    np.testing.assert_allclose(got.numpy(), batch["pixel_values"], rtol=3e-7, atol=2e-7)
+    np.testing.assert_allclose(got.cpu().numpy(), batch["pixel_values"], rtol=3e-7, atol=2e-7)
     half = patchify(image, mean=MEAN, std=STD, size=size, down_first=down_first, dtype=torch.bfloat16)
     assert torch.equal(half, got.bfloat16())
 
@@ -215,8 +238,8 @@ def test_bad_sizes() -> None:
         patchify(image, mean=MEAN, std=STD, size=(28, 28), resample="nearest")
     with pytest.raises(ValueError, match="image: .* found 0 x 31"):
         patchify(image[:0], mean=MEAN, std=STD, size=(28, 28))
-    with pytest.raises(TypeError, match="dtype: expected float32 or bfloat16"):
-        patchify(image, mean=MEAN, std=STD, size=(28, 28), dtype=torch.float16)
+    with pytest.raises(TypeError, match="dtype: expected float32, bfloat16 or float16"):
+        patchify(image, mean=MEAN, std=STD, size=(28, 28), dtype=torch.float64)
     with pytest.raises(TypeError, match="out: expected dtype bfloat16"):
         out = torch.zeros(4, 1176)
         patchify(image, mean=MEAN, std=STD, size=(28, 28), dtype=torch.bfloat16, out=out)

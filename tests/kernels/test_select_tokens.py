@@ -5,6 +5,10 @@ from __future__ import annotations
 
 import json
 import math
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +21,14 @@ from hypothesis import strategies as st
 from glimpse_kernels import Selection, select_tokens
 from tests.kernels.kernel_cases import Case, op_cases
 
-all_cases = pytest.mark.parametrize("kernel", op_cases("select_tokens"), indirect=True)
-
+CASES_HERE: list[Any] = op_cases("select_tokens")
+all_cases = pytest.mark.parametrize("kernel", CASES_HERE, indirect=True)
+triton_cases = pytest.mark.parametrize(
+    "kernel", [p for p in CASES_HERE if p.values[0].backend == "triton"], indirect=True
+)
+other_cases = pytest.mark.parametrize(
+    "kernel", [p for p in CASES_HERE if p.values[0].backend != "triton"], indirect=True
+)
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glimpse"
 CASES: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -114,6 +124,8 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
             cu_seqlens.append(len(row_keep))
     if cu_seqlens[-1] != len(row_keep):
         cu_seqlens.append(len(row_keep))
+    if draw(st.booleans()):
+        token_rows = draw(st.permutations(token_rows))
     n = len(token_rows)
     bounds = st.lists(st.integers(0, 14), min_size=len(sizes), max_size=len(sizes))
     return {
@@ -130,11 +142,130 @@ def layouts(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-@all_cases
+@other_cases
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(case=layouts())
 def test_against_sorting(kernel: Case, case: dict[str, Any]) -> None:
     check(**case)
+
+
+@triton_cases
+@pytest.mark.parametrize("tile", [None, 16], ids=["", "small tiles"])
+@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(case=layouts())
+def test_triton_against_sorting(kernel: Case, tile: int | None, case: dict[str, Any]) -> None:
+    """Also with tiles so small that groups and rows take several."""
+    with tiles(tile, tile):
+        check(**case)
+
+
+@contextmanager
+def tiles(tokens: int | None, rows: int | None) -> Iterator[None]:
+    """Inside the block the Triton kernel works with these tiles; None: with its own."""
+    if tokens is None or rows is None:
+        yield
+        return
+    from glimpse_kernels.select_tokens.triton import CONFIGS, TileLaunch
+
+    with CONFIGS.forced(TileLaunch(warps=1, stages=1, tokens=tokens, rows=rows)):
+        yield
+
+
+def drawn(
+    sizes: list[int], seed: int, *, text: int = 2, sequences: int = 1, shuffled: bool = True
+) -> dict[str, Any]:
+    """Groups of these sizes with text between them: scores with ties and oddities, caps and floors of every kind."""
+    g = random.Random(seed)
+    odd = [math.nan, math.inf, -math.inf, 0.0, -0.0]
+    n = sum(sizes)
+    row_keep: list[bool] = []
+    places: list[int] = []
+    for size in sizes:
+        row_keep += [True] * g.randint(0, text)
+        places += range(len(row_keep), len(row_keep) + size)
+        row_keep += [False] * size
+    row_keep += [g.random() < 0.5 for _ in range(text)]
+    if shuffled:
+        g.shuffle(places)
+    bounds = sorted(g.randint(0, len(row_keep)) for _ in range(sequences - 1))
+    return {
+        "logits": [g.choice(odd) if g.random() < 0.03 else g.randint(-40, 40) / 8 for _ in range(n)],
+        "cu_groups": list(accumulate(sizes, initial=0)),
+        "threshold": g.choice([-0.5, 0.0, 1.0]),
+        "caps": [g.choice([0, size // 9, size // 3, size, 10**6]) for size in sizes],
+        "floors": [g.choice([0, 0, 1, size // 2, size + 5]) for size in sizes],
+        "forced": g.choice([None, [g.random() < 0.01 for _ in range(n)]]),
+        "token_rows": places,
+        "row_keep": row_keep,
+        "cu_seqlens": [0, *bounds, len(row_keep)],
+        "capacity": g.choice([len(row_keep), len(row_keep) // 3, len(row_keep) + 5000]),
+    }
+
+
+@all_cases
+@pytest.mark.parametrize(
+    "sizes",
+    [[1023], [1024, 1025], [4096], [4097, 1], [3, 0, 2000, 1], [1024, 1025, 0, 1023, 7], [5, 4, 9000, 300]],
+    ids=str,
+)
+def test_group_sizes(kernel: Case, sizes: list[int]) -> None:
+    """Around the edges of tiles, and very unequal."""
+    for seed in range(2 if kernel.interpreted else 6):
+        check(**drawn(sizes, seed, sequences=3))
+
+
+@all_cases
+def test_many_groups_and_sequences(kernel: Case) -> None:
+    sizes = [i % 6 for i in range(90 if kernel.interpreted else 400)]
+    check(**drawn(sizes, 7, sequences=150))
+
+
+@triton_cases
+def test_many_stripes_of_rows(kernel: Case) -> None:
+    """More stripes than a program looks back at in one go."""
+    with tiles(64, 16):
+        check(**drawn([300, 500, 400], 11, sequences=5))
+        check(**drawn([1200], 12, sequences=5))
+
+
+@all_cases
+def test_scores_that_differ_in_the_last_bit(kernel: Case) -> None:
+    """The cut between neighbouring floats, of both signs and around zero, subnormal ones too."""
+    near = torch.tensor([1.0, -1.0, 0.0, 3.0e38, -3.0e38, 1.0e-45, -1.0e-45]).view(torch.int32)
+    steps = torch.arange(-3, 4, dtype=torch.int32)
+    scores = (near[:, None] + steps).view(torch.float32).flatten().tolist() * 2
+    for cap in (0, 1, 17, 40, 41, 42, 97):
+        check(**simple(scores, threshold=-math.inf, caps=[cap]))
+        check(**simple(scores, threshold=math.inf, floors=[cap]))
+
+
+@all_cases
+def test_nan_of_every_kind(kernel: Case) -> None:
+    """Sign and payload of a NaN do not count."""
+    bits = torch.tensor([0x7FC00000, -1, 0x7F800001, -0x7FFFFF], dtype=torch.int32)
+    logits = torch.cat((bits.view(torch.float32), torch.tensor([-math.inf, -3.0])))
+    options = {
+        name: value for name, value in simple([0.0] * 6).items() if name in ("token_rows", "cu_seqlens")
+    }
+    for floor, want in ((1, [5]), (2, [0, 5]), (5, [0, 1, 2, 3, 5]), (6, [0, 1, 2, 3, 4, 5])):
+        got = select_tokens(
+            logits,
+            torch.tensor([0, 6], dtype=torch.int32),
+            threshold=-math.inf if floor == 1 else 0.0,
+            caps=torch.tensor([6], dtype=torch.int32),
+            floors=torch.tensor([floor], dtype=torch.int32),
+            row_keep=torch.zeros(8, dtype=torch.bool),
+            capacity=6,
+            **{name: torch.tensor(value, dtype=torch.int32) for name, value in options.items()},
+        )
+        assert got.keep.nonzero().flatten().tolist() == want
+
+
+@triton_cases
+def test_threshold_beyond_fp32(kernel: Case) -> None:
+    case = simple([1.0, math.inf, -math.inf, 3.4e38])
+    assert run(**case | {"threshold": 1e300}).keep.tolist() == [False] * 4
+    assert run(**case | {"threshold": -1e300}).keep.tolist() == [True, True, False, True]
 
 
 def simple(logits: list[float], **change: Any) -> dict[str, Any]:
@@ -160,7 +291,7 @@ def simple(logits: list[float], **change: Any) -> dict[str, Any]:
 def test_sizes(kernel: Case, n: int, cap: int) -> None:
     generator = torch.Generator().manual_seed(n)
     # quarter steps: many ties, also across the cut
-    logits = (torch.randn(n, generator=generator) * 8).round().div(4).tolist()
+    logits = (torch.randn(n, generator=generator, device="cpu") * 8).round().div(4).tolist()
     check(**simple(logits, caps=[cap], floors=[3]))
 
 
@@ -253,7 +384,7 @@ def test_recorded_masks(kernel: Case, name: str) -> None:
     is_image = (inputs["input_ids"] == 606)[present]
     lengths = present.sum(1)
     got = select_tokens(
-        torch.from_numpy(logits),
+        torch.from_numpy(logits).to(kernel.device),
         torch.tensor(np.cumsum([0, *sizes]), dtype=torch.int32),
         threshold=logit(setting["reduce_threshold"]),
         caps=torch.tensor([n if ratio is None else math.floor(ratio * n) for n in sizes], dtype=torch.int32),
@@ -269,7 +400,7 @@ def test_recorded_masks(kernel: Case, name: str) -> None:
     assert got.counts.tolist() == case["kept_image_tokens_per_group"]
     if case["margins"].get("mask_depends_on_tie_order"):
         return  # which of the equals stay is left open there
-    differing = int((got.keep.numpy() != recorded["keep_image_tokens"]).sum())
+    differing = int((got.keep.cpu().numpy() != recorded["keep_image_tokens"]).sum())
     # bfloat16: the original rounds the sigmoid before it compares, which may move a token at the threshold
     assert differing <= (2 if case["dtype"] == "bfloat16" else 0)
     if differing == 0:

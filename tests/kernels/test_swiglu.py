@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from glimpse_kernels import swiglu
+from tests.kernels.arena import spread
 from tests.kernels.kernel_cases import Case, op_cases
 
 all_cases = pytest.mark.parametrize("kernel", op_cases("swiglu"), indirect=True)
@@ -17,7 +18,8 @@ single = pytest.mark.parametrize(
 )
 
 
-SHAPES = [(0, 4), (1, 1), (1, 4096), (3, 17), (5, 80), (7, 129), (33, 1712)]
+SHAPES = [(0, 4), (1, 1), (1, 4096), (3, 17), (5, 80), (7, 129), (33, 1712), (2, 3420), (3, 1026)]
+# 3420 and 1026: the second half of a fused row starts at 8 and at 4 bytes beyond a multiple of 16
 
 
 def data(shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
@@ -58,6 +60,31 @@ def test_in_place_and_neighbours(kernel: Case) -> None:
         assert torch.equal(got, want)
         other = slice(50, 100) if half.start == 0 else slice(0, 50)
         assert torch.equal(twin[:, other], fused[:, other])
+
+
+@all_cases
+def test_nothing_beside_the_rows_is_read(kernel: Case) -> None:
+    dtype = kernel.dtype
+    fused = data((5, 60), dtype)
+    place = torch.full((7, 140), torch.nan, dtype=dtype)
+    place[1:6, 8:128] = fused
+    gate, up = place[1:6, 8:68], place[1:6, 68:128]
+    out = torch.full((7, 80), 7.0, dtype=dtype)
+    swiglu(gate, up, out=out[1:6, 3:63])
+    assert torch.equal(out[1:6, 3:63], swiglu(fused[:, :60], fused[:, 60:]))
+    out[1:6, 3:63] = 7
+    assert (out == 7).all()
+
+
+@pytest.mark.parametrize(
+    "kernel", [c for c in op_cases("swiglu") if c.id.startswith("triton-")], indirect=True
+)
+def test_rows_further_apart_than_32_bits_reach(kernel: Case) -> None:
+    dtype = kernel.dtype
+    gate, up = data((4, 24), dtype).chunk(2, dim=1)
+    want = swiglu(gate, up)
+    gate, up, out = (spread(t, 0, 2**30) for t in (gate, up, torch.full_like(gate, torch.nan)))
+    assert torch.equal(swiglu(gate, up, out=out), want)
 
 
 @all_cases

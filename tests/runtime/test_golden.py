@@ -4,12 +4,14 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 
 import numpy as np
 import pytest
 
+from glimpse_kernels import _triton
 from glimpse_runtime.parity import case_names, load_manifest, run_case
-from tests.kernels.kernel_cases import forced_isa, isas_here
+from tests.kernels.kernel_cases import Case, forced_isa, isas_here
 
 from .conftest import GOLDEN
 
@@ -48,6 +50,41 @@ def test_case_on_every_instruction_set(name, isa):
     """What an older processor runs gives the recorded masks and tokens too."""
     with forced_isa(isa):
         result = run_case(GOLDEN, name)
+    assert result.ok, result.failures
+
+
+INTERPRETED = (
+    "v1_two_images",
+    "v1_wide_windowed",
+    "ratio_0111_batch2",
+    "two_layers_le2",
+    "dummy_two_images_thr",
+    "logprob_wide",
+    "bf16_square",
+)
+"""Cases that reach every kernel and layout: Triton's interpreter is slow."""
+
+
+def _triton_cases() -> list[object]:
+    if _triton.missing():
+        return [pytest.param(CASES[0], marks=pytest.mark.skip(reason=_triton.missing()))]
+    if _triton.interpreting():
+        return list(INTERPRETED)
+    return [pytest.param(name, marks=pytest.mark.gpu) for name in CASES]
+
+
+@pytest.mark.parametrize("name", _triton_cases())
+def test_case_on_triton_kernels(name):
+    """The whole runtime on a GPU, or on its stand-in, gives what the original gave: nothing is left on the host."""
+    with ExitStack() as stack:
+        stack.enter_context(Case("all", "triton", None, None, "cuda").active())
+        if _triton.interpreting():  # few programs: each costs milliseconds, whatever it does
+            from glimpse_kernels.linear.triton import ROW, Row
+            from tests.kernels.interpreter_bf16 import exact_bfloat16
+
+            stack.enter_context(exact_bfloat16())
+            stack.enter_context(ROW.forced(Row(warps=4, outputs=256)))
+        result = run_case(GOLDEN, name, device="cuda")
     assert result.ok, result.failures
 
 

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Another number of rows, segments or listed tokens takes the same kernel: it is compiled once, not in the middle of serving."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from glimpse_kernels import _triton
+
+SCRIPT = """
+import json
+from collections import defaultdict
+
+import torch
+
+from bench.fake_driver import compiling
+from glimpse_kernels import _triton
+from glimpse_kernels.attention import _flash
+from glimpse_kernels.decode_attention.triton import decode_attention
+from glimpse_kernels.glimpse_scores.triton import glimpse_scores
+from glimpse_kernels.last_row_attention.triton import last_row_attention
+from glimpse_kernels.received_attention.triton import received_attention
+
+found = defaultdict(set)
+
+def tell(launched):
+    found[launched.function.fn.__name__].add(launched.kernel.hash)
+
+def new(*shape, dtype=torch.bfloat16):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+with compiling(90, tell), _triton.force_chip(_triton.Chip(90, 132)):
+    for n, b in ((64, 16), (77, 9), (1001, 13)):
+        q, k, row, listed = new(n, 4, 64), new(n, 2, 64), new(b, 4, 64), new(n, dtype=torch.int32)
+        bounds, logs = new(b + 1, dtype=torch.int32), new(n, 4, dtype=torch.float32)
+        received_attention(q, k, logs, bounds, bounds)
+        last_row_attention(row, k, bounds, listed, listed)
+        glimpse_scores(row, k, listed, listed)
+        _flash.finish(q, new(4, n, dtype=torch.float32), bounds, None, True)
+        pool = new(100, 16, 2, 64)
+        decode_attention(row, pool, pool, new(b, 2 * n, dtype=torch.int32), new(b, dtype=torch.int32))
+print(json.dumps({name: len(kinds) for name, kinds in found.items()}))
+"""
+
+
+@pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
+def test_lengths_do_not_make_variants() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT],
+        cwd=Path(__file__).parents[2],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    variants = json.loads(done.stdout)
+    variants.pop("decode_attention_join_kernel")  # few runs and many are two configurations
+    assert len(variants) >= 7
+    assert set(variants.values()) == {1}, variants
