@@ -3,10 +3,12 @@
 #
 #   PYTHON=python3.12      another interpreter for the environment
 #   PIP_FLAGS="..."        extra flags for pip, such as an index with CPU builds of torch
+#   GPU_PYTHON=python3     the Python of gpu-check, with a torch that sees the GPU; GPU_CHECK="..." passes flags on
 #   WORKERS=4              parallel test processes (default: the number of CPUs, at most 8)
 
 PYTHON    ?= python3
 PIP_FLAGS ?=
+GPU_PYTHON ?= python3
 CPUS      := $(shell nproc 2>/dev/null || getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)
 WORKERS   ?= $(shell n=$(CPUS); [ $$n -gt 8 ] && n=8; echo $$n)
 THREADS   := $(shell t=$$(( $(CPUS) / $(WORKERS) )); [ $$t -lt 1 ] && t=1; echo $$t)
@@ -23,7 +25,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint unit train-tiny clean distclean
+.PHONY: help venv demo test lint unit gpu-check train-tiny clean distclean
 
 help: ## this list
 	@echo "Glimpse: make targets"
@@ -43,6 +45,10 @@ lint: $(STAMP) ## ruff and mypy
 unit: $(STAMP) ## all tests (PYTEST="..." passes flags on)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
+# No .venv: machines with GPUs bring a torch of their own. Nothing is installed or built.
+gpu-check: ## tests, benchmark and report of the GPU kernels, with the python3 that is there; under nine minutes
+	$(GPU_PYTHON) -m bench.gpu_check $(GPU_CHECK)
+
 train-tiny: $(STAMP) ## train models/tiny anew, into runs/tiny; an interrupted run goes on (hours on two cores)
 	$(BIN)/python -m glimpse_lab.train all --folder runs/tiny --to runs/tiny/model
 
@@ -60,11 +66,13 @@ $(BIN)/python:
 	  echo "make: this Python cannot make virtual environments; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# Builds of torch with CUDA ask for one exact triton of their own, so torch comes before, and without, our pin of it.
+# Builds of torch with CUDA ask for one exact triton of their own, so torch comes before, and without, our pin of it;
+# builds for CPUs bring none and get ours, for the tests that interpret and compile the GPU kernels.
 # Build tools are pinned too: the package is built in this environment instead of an isolated one.
 $(DEPS): $(BIN)/python constraints.txt
 	grep -v '^triton' constraints.txt > $(VENV)/constraints.txt
 	$(PIP) --constraint $(VENV)/constraints.txt torch scikit-build-core pybind11 cmake ninja
+	@$(BIN)/python -c 'import triton' 2>/dev/null || grep '^triton' constraints.txt >> $(VENV)/constraints.txt
 	@touch $@
 
 $(STAMP): $(DEPS) pyproject.toml $(NATIVE)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from math import nan
@@ -28,33 +28,70 @@ class Verdict:
     fault: str = ""
 
 
-def judge(work: Work, dtype: torch.dtype) -> Verdict:
-    """Compare `ours` with the definition.
+class Gate:
+    """What a result has to be, from one piece of work whose contenders nobody has called yet.
 
     The rule is FlashAttention's: our error against the definition in double precision is at most twice that of plain torch in
     the same dtype, plus one rounding of the largest value. Ops that only move or choose (tolerance 0) must be equal.
+
+    dropped: given where not every formulation in plain torch has to work; takes the names of those that raise or are off,
+    with the reason. The first that is left is the measure of rounding.
     """
-    with definitions_in_double():
-        truths = work.truth()
-    plains = work.plain()
-    for name, other in work.others.items():
-        for got, wanted in zip(other(), truths, strict=True):
-            if not _distance(got, wanted.double()) <= PLAIN_UNITS * _unit(wanted, torch.finfo(dtype).eps):
-                return Verdict(nan, 0.0, f"plain torch ({name}) is off; the benchmark itself is wrong")
-    try:
-        found = work.ours()
-    except Exception as problem:  # whatever it is, this op gets no number and the others still do
-        return Verdict(nan, 0.0, f"{type(problem).__name__}: {problem}")
-    if len(found) != len(truths):
-        return Verdict(nan, 0.0, f"{len(found)} results, expected {len(truths)}")
-    worst = Verdict(0.0, 0.0)
-    for i, (ours, plain, truth) in enumerate(zip(found, plains, truths, strict=True)):
-        verdict = _judge_one(f"result {i}", ours, plain, truth, work.tolerance, torch.finfo(dtype).eps)
-        if verdict.fault:
-            return verdict
-        if verdict.error >= worst.error:
-            worst = verdict
-    return worst
+
+    def __init__(self, work: Work, dtype: torch.dtype, dropped: dict[str, str] | None = None) -> None:
+        self._eps, self._tolerance = torch.finfo(dtype).eps, work.tolerance
+        with definitions_in_double():
+            self._truths = work.truth()
+        self._plains: tuple[Tensor, ...] | None = None
+        self.fault = ""
+        for name, call in work.contenders().items():
+            try:
+                results = call()
+            except Exception as problem:
+                if dropped is None:
+                    raise
+                dropped[name] = f"{type(problem).__name__}: {problem}"[:300]
+                continue
+            if name != work.plain_name and not _near(results, self._truths, self._eps):
+                if dropped is None:
+                    self.fault = f"plain torch ({name}) is off; the benchmark itself is wrong"
+                    return
+                dropped[name] = "its result is off"
+            elif self._plains is None:
+                self._plains = results
+        if self._plains is None:
+            self.fault = f"no formulation in plain torch works: {dropped}"
+
+    def check(self, ours: Callable[[], tuple[Tensor, ...]]) -> Verdict:
+        """ours: of the same work, or of one built anew from the same values."""
+        if self.fault or self._plains is None:
+            return Verdict(nan, 0.0, self.fault)
+        try:
+            found = ours()
+        except Exception as problem:  # whatever it is, this op gets no number and the others still do
+            return Verdict(nan, 0.0, f"{type(problem).__name__}: {problem}")
+        if len(found) != len(self._truths):
+            return Verdict(nan, 0.0, f"{len(found)} results, expected {len(self._truths)}")
+        worst = Verdict(0.0, 0.0)
+        for i, (mine, plain, truth) in enumerate(zip(found, self._plains, self._truths, strict=True)):
+            verdict = _judge_one(f"result {i}", mine, plain, truth, self._tolerance, self._eps)
+            if verdict.fault:
+                return verdict
+            if verdict.error >= worst.error:
+                worst = verdict
+        return worst
+
+
+def judge(work: Work, dtype: torch.dtype, dropped: dict[str, str] | None = None) -> Verdict:
+    """Compare `ours` with the definition; see `Gate`."""
+    return Gate(work, dtype, dropped).check(work.ours)
+
+
+def _near(found: tuple[Tensor, ...], truths: tuple[Tensor, ...], eps: float) -> bool:
+    return all(
+        _distance(got, wanted.double()) <= PLAIN_UNITS * _unit(wanted, eps)
+        for got, wanted in zip(found, truths, strict=True)
+    )
 
 
 def _judge_one(

@@ -110,7 +110,7 @@ def patchify(s: Sizes, dtype: torch.dtype) -> Work:
     )
 
 
-@REGISTRY.add("patchify", "resize + patches", per_picture=True)
+@REGISTRY.add("patchify", "resize + patches", per_picture=True, where="cpu")
 def resize_patchify(s: Sizes, dtype: torch.dtype) -> Work:
     edge, grid = 28 * s.side, s.side
     picture = Image.fromarray(
@@ -185,7 +185,8 @@ def predictor(s: Sizes, dtype: torch.dtype) -> Work:
     weights = _vip_weights(s, dtype)
     wide = weights.to(torch.float32)
     n, f, c = s.image, s.vip_width, s.vip_condition
-    given = [torch.randn(n, c).to(dtype) for _ in range(s.taps)]
+    taps = [torch.randn(n, s.vision_hidden).to(dtype) for _ in range(s.taps)]
+    given = kernels.vip_conditions(taps, weights)  # with all that a backend computes ahead
     scores, bounds = torch.randn(n, s.heads), torch.tensor([0, n], dtype=torch.int32)
     at = torch.arange(n)
     cos, sin = kernels.vip_rotary(at // s.side, at % s.side, weights.qk_dim)

@@ -13,15 +13,17 @@ from glimpse_kernels.compact.naive import compact as naive_compact
 from glimpse_kernels.select_tokens.naive import select_tokens as naive_select
 
 
-def _select(s: Sizes, pictures: int) -> Work:
-    n = pictures * s.image
+def _select(s: Sizes, pictures: int, *, together: bool = False) -> Work:
+    """`together`: all pictures are one group, a budget for the whole prompt."""
+    n, groups = pictures * s.image, 1 if together else pictures
+    kept = pictures * s.kept_image // groups
     logits, group = torch.randn(n), torch.arange(pictures + 1, dtype=torch.int32)
-    caps = torch.full((pictures,), s.kept_image, dtype=torch.int32)
+    caps = torch.full((groups,), kept, dtype=torch.int32)
     floors = torch.ones_like(caps)
     rows = (torch.arange(n) + s.text * (torch.arange(n) // s.image)).int()
     keep_row = torch.ones(pictures * s.rows, dtype=torch.bool)
     keep_row[rows.long()] = False
-    cu, cu_rows = group * s.image, group * s.rows
+    cu, cu_rows = torch.arange(groups + 1, dtype=torch.int32) * (n // groups), group * s.rows
     options = {
         "threshold": 0.0, "caps": caps, "floors": floors, "forced": None, "token_rows": rows, "row_keep": keep_row,
         "cu_seqlens": cu_rows, "capacity": pictures * s.rows,
@@ -38,8 +40,8 @@ def _select(s: Sizes, pictures: int) -> Work:
 
     def plain() -> tuple[Tensor, ...]:
         # All groups have one size here, so torch can do them in one topk; no threshold passes less than the cap.
-        best = logits.view(pictures, -1).topk(s.kept_image).indices
-        keep = torch.zeros(pictures, s.image, dtype=torch.bool).scatter_(1, best, True)
+        best = logits.view(groups, -1).topk(kept).indices
+        keep = torch.zeros(groups, n // groups, dtype=torch.bool).scatter_(1, best, True)
         stays = keep_row.index_put((long,), keep.flatten())
         return keep.flatten(), keep.sum(1), stays.nonzero(), stays.view(pictures, -1).sum(1).cumsum(0)
 
@@ -57,18 +59,24 @@ def select_many(s: Sizes, dtype: torch.dtype) -> Work:
     return _select(s, 16)
 
 
-@REGISTRY.add("compact", "keys, values, hidden")
-def compact(s: Sizes, dtype: torch.dtype) -> Work:
+@REGISTRY.add("select_tokens", "16 pictures, one group", per_picture=True, where="gpu")
+def select_together(s: Sizes, dtype: torch.dtype) -> Work:
+    return _select(s, 16, together=True)
+
+
+def _compact(s: Sizes, dtype: torch.dtype, rows: int, room: int) -> Work:
+    """`rows` rows stay, of which the host knows only that they are `room` at most."""
     shape = (s.cached, s.rows, s.kv_heads, s.dim)
     k, v = (torch.randn(shape).to(dtype) for _ in range(2))
     hidden = torch.randn(s.rows, s.hidden).to(dtype)
-    kept = torch.randperm(s.rows)[: s.kept].sort().values
-    slots = torch.arange(5, 5 + s.kept)
-    index32, slots32 = kept.int(), slots.int()
+    kept = torch.randperm(s.rows)[:rows].sort().values
+    slots = torch.arange(5, 5 + rows)
+    index32, slots32 = (torch.full((room,), -1, dtype=torch.int32) for _ in range(2))
+    index32[:rows], slots32[:rows] = kept.int(), slots.int()
 
     def destinations() -> tuple[Tensor, Tensor, Tensor]:
         pools = (torch.zeros(s.cached, 2 * s.rows, s.kv_heads, s.dim, dtype=dtype) for _ in range(2))
-        return (*pools, torch.zeros(s.kept, s.hidden, dtype=dtype))  # type: ignore[return-value]
+        return (*pools, torch.zeros(room, s.hidden, dtype=dtype))  # type: ignore[return-value]
 
     mine, theirs, right = destinations(), destinations(), destinations()
 
@@ -79,12 +87,27 @@ def compact(s: Sizes, dtype: torch.dtype) -> Work:
     def plain() -> tuple[Tensor, ...]:
         theirs[0].index_copy_(1, slots, k.index_select(1, kept))
         theirs[1].index_copy_(1, slots, v.index_select(1, kept))
-        torch.index_select(hidden, 0, kept, out=theirs[2])
+        torch.index_select(hidden, 0, kept, out=theirs[2][:rows])
         return theirs
 
     def truth() -> tuple[Tensor, ...]:
         naive_compact(index32, slots32, k, v, right[0], right[1], [(hidden, right[2])])
         return right
 
-    amount = 2 * s.kept * (2 * nbytes(k) // s.rows + nbytes(hidden) // s.rows) + nbytes(index32, slots32)
+    amount = 2 * rows * (2 * nbytes(k) // s.rows + nbytes(hidden) // s.rows) + nbytes(index32, slots32)
     return Work(ours, plain, truth, amount, "byte", tolerance=0.0)
+
+
+@REGISTRY.add("compact", "keys, values, hidden")
+def compact_kept(s: Sizes, dtype: torch.dtype) -> Work:
+    return _compact(s, dtype, s.kept, s.kept)
+
+
+@REGISTRY.add("compact", "keys, values, hidden, room for all rows", where="gpu")
+def compact_with_room(s: Sizes, dtype: torch.dtype) -> Work:
+    return _compact(s, dtype, s.kept, s.rows)
+
+
+@REGISTRY.add("compact", "keys, values, hidden, all rows stay", where="gpu")
+def compact_all(s: Sizes, dtype: torch.dtype) -> Work:
+    return _compact(s, dtype, s.rows, s.rows)

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -44,6 +44,11 @@ class Sizes:
     vip_heads: int = 4
 
     @property
+    def model(self) -> str:
+        """The name without the picture: `sizes` names pictures of other than 32 x 32 tokens."""
+        return self.name.split()[0]
+
+    @property
     def image(self) -> int:
         return self.side**2
 
@@ -78,7 +83,7 @@ def sizes(name: str, side: int = 32, text: int = 61) -> Sizes:
     config, glimpse_layer, taps = SHAPES[name]
     llm, vision = config["text_config"], config["vision_config"]
     return Sizes(
-        name=name,
+        name=name if side == 32 else f"{name} {side}x{side}",
         side=side,
         text=text,
         heads=llm["num_attention_heads"],
@@ -125,14 +130,23 @@ class Work:
         return {self.plain_name: self.plain, **self.others}
 
 
+Where = Literal["any", "cpu", "gpu"]
+
+
 @dataclass(frozen=True)
 class Row:
-    """One registered measurement. per_picture: it depends on the picture only, neither on the model nor on the dtype."""
+    """One registered measurement.
+
+    per_picture: it depends on the picture only, neither on the model nor on the dtype. per_model: it brings its own
+    lengths and depends on the model only. where: the benchmark it belongs to, `bench.ops_cpu`, `bench.ops_gpu` or both.
+    """
 
     op: str
     what: str
     build: Callable[[Sizes, torch.dtype], Work]
     per_picture: bool = False
+    per_model: bool = False
+    where: Where = "any"
 
 
 @dataclass(frozen=True)
@@ -145,7 +159,9 @@ class Case:
 
     @property
     def shape_name(self) -> str:
-        return f"{28 * self.sizes.side} px" if self.row.per_picture else self.sizes.name
+        if self.row.per_picture:
+            return f"{28 * self.sizes.side} px"
+        return self.sizes.model if self.row.per_model else self.sizes.name
 
     @property
     def dtype_name(self) -> str:
@@ -169,12 +185,12 @@ class Registry:
     rows: list[Row] = field(default_factory=list)
 
     def add(
-        self, op: str, what: str, *, per_picture: bool = False
+        self, op: str, what: str, *, per_picture: bool = False, per_model: bool = False, where: Where = "any"
     ) -> Callable[[Callable[[Sizes, torch.dtype], Work]], Callable[[Sizes, torch.dtype], Work]]:
         """Decorator: registers a function (sizes, dtype) -> Work as the row `what` of `op`."""
 
         def register(build: Callable[[Sizes, torch.dtype], Work]) -> Callable[[Sizes, torch.dtype], Work]:
-            self.rows.append(Row(op, what, build, per_picture))
+            self.rows.append(Row(op, what, build, per_picture, per_model, where))
             return build
 
         return register
@@ -183,15 +199,33 @@ class Registry:
         return list(dict.fromkeys(row.op for row in self.rows))
 
     def cases(
-        self, ops: Sequence[str], shapes: Sequence[Sizes], dtypes: Sequence[torch.dtype]
+        self,
+        ops: Sequence[str],
+        shapes: Sequence[Sizes],
+        dtypes: Sequence[torch.dtype],
+        where: Where = "any",
     ) -> Iterator[Case]:
-        """Every chosen row at every shape and dtype, rows about the picture once (their results are fp32 or exact)."""
+        """Every chosen row at every shape and dtype; rows about the picture once a size of picture (their results are fp32 or
+        exact), rows about the model once a model. where: only the rows of one benchmark."""
         for row in self.rows:
-            if ops and row.op not in ops:
+            if (ops and row.op not in ops) or (where != "any" and row.where not in ("any", where)):
                 continue
-            for size in shapes[:1] if row.per_picture else shapes:
+            for size in _distinct(row, shapes):
                 for dtype in (torch.float32,) if row.per_picture else dtypes:
                     yield Case(row, size, dtype)
+
+
+def _distinct(row: Row, shapes: Sequence[Sizes]) -> list[Sizes]:
+    """The first shape of each picture or model, for rows that depend on nothing else."""
+    found: dict[object, Sizes] = {}
+    for size in shapes:
+        key: object = size
+        if row.per_picture:
+            key = size.side
+        elif row.per_model:
+            key = replace(size, name="", side=0, text=0)
+        found.setdefault(key, size)
+    return list(found.values())
 
 
 REGISTRY = Registry()

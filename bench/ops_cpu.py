@@ -19,9 +19,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-import bench.op_cases  # noqa: F401  (these four register their rows)
+import bench.op_cases  # noqa: F401  (these register their rows)
 import bench.op_cases_dense  # noqa: F401
 import bench.op_cases_linear  # noqa: F401
+import bench.op_cases_received  # noqa: F401
 import bench.op_cases_select  # noqa: F401
 from bench.ceilings import Look
 from bench.gate import judge
@@ -95,7 +96,7 @@ def main(
         console = Console(width=140)
     if listing:
         for row in REGISTRY.rows:
-            if not ops or row.op in ops:
+            if (not ops or row.op in ops) and row.where != "gpu":
                 console.print(f"{row.op:18}{row.what}", highlight=False)
         return
     if threads:
@@ -103,7 +104,7 @@ def main(
     now, flush = clock(cpu_time), CacheFlush() if cold else None
     dtypes = [DTYPES[dtype]] if dtype else list(DTYPES.values())
     shapes = [TINY] if quick else [sizes(name) for name in SHAPE_NAMES if shape in (None, name)]
-    cases = list(REGISTRY.cases(ops or [], shapes, dtypes))
+    cases = list(REGISTRY.cases(ops or [], shapes, dtypes, "cpu"))
     repeats, seconds = (2, 0.0) if quick else (repeats, CASE_SECONDS)
     progress = Console(stderr=True)
     load_before = load_average()

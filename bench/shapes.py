@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.initialization import no_init_weights
+
+if TYPE_CHECKING:  # the kernel benchmarks want sizes only, and transformers takes seconds to import
+    from transformers import Qwen2_5_VLForConditionalGeneration
 
 MERGED_PIXELS = 28  # side of the square that becomes one visual token
 
@@ -87,11 +88,37 @@ SHAPES: dict[str, tuple[dict[str, Any], int, list[int]]] = {
         23,
         [31, 23, 15, 7],
     ),
+    "7b": (
+        _config(
+            {
+                "hidden_size": 3584,
+                "num_hidden_layers": 28,
+                "num_attention_heads": 28,
+                "num_key_value_heads": 4,
+                "intermediate_size": 18944,
+                "vocab_size": 152064,
+                "tie_word_embeddings": False,
+            },
+            {
+                "depth": 32,
+                "hidden_size": 1280,
+                "num_heads": 16,
+                "intermediate_size": 3420,
+                "fullatt_block_indexes": [7, 15, 23, 31],
+            },
+            [16, 24, 24],
+        ),
+        18,
+        [31, 23, 15, 7],
+    ),
 }
 
 
 def build(name: str, dtype: torch.dtype, seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """Stock transformers model of a shape: weights uniform in ±0.02, norms 1, sdpa attention."""
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+    from transformers.initialization import no_init_weights
+
     config = Qwen2_5_VLConfig(**SHAPES[name][0])
     config._attn_implementation = "sdpa"
     before = torch.get_default_dtype()

@@ -132,8 +132,11 @@ def test_rows_are_unique_and_sizes_come_from_the_shapes() -> None:
         128,
         80,
     )
-    once = [case for case in REGISTRY.cases(["patchify"], [big, TINY], [torch.float32, torch.bfloat16])]
+    dtypes = [torch.float32, torch.bfloat16]
+    once = [case for case in REGISTRY.cases(["patchify"], [big, sizes("mid")], dtypes)]
     assert [case.row.what for case in once] == ["1 picture", "resize + patches"]
+    assert len(list(REGISTRY.cases(["patchify"], [big, TINY], dtypes))) == 4  # two sizes of picture
+    assert not [case for case in REGISTRY.cases([], [big], dtypes, "cpu") if case.row.where == "gpu"]
 
 
 def test_interleaving_rotates_who_goes_first() -> None:
