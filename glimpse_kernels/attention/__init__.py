@@ -126,7 +126,7 @@ def attention(
     grad = check.needs_grad(q, k, v)
     serve = None
     if q.is_cuda and not grad:
-        serve = choice.library(
+        serve = choice.provider(
             q,
             k,
             v,

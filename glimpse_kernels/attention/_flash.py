@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from glimpse_kernels import _triton
+
 if TYPE_CHECKING:
     from glimpse_kernels.attention.choice import Call
 
@@ -80,7 +82,7 @@ def finish(
     attention_finish_kernel[(-(-rows // block),)](
         found, found if logs is None else logs, found if lse is None else lse, cu_seqlens_q,
         found.stride(0), found.stride(1), 0 if logs is None else logs.stride(0), rows, cu_seqlens_q.shape[0] - 1,
-        heads, dim, LSE=lse is not None, BLOCK=block, HEADS=max(16, 1 << (heads - 1).bit_length()),
-        DIM=max(16, 1 << (dim - 1).bit_length()), num_warps=4,
+        heads, dim, LSE=lse is not None, BLOCK=block, HEADS=max(16, _triton.power_of_2(heads)),
+        DIM=max(16, _triton.power_of_2(dim)), num_warps=4,
     )  # fmt: skip
     return found if lse is None else (found, lse)

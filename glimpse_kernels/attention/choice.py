@@ -117,7 +117,7 @@ def _aligned(t: Tensor) -> bool:
     return t.data_ptr() % 16 == 0 and not (t.stride(0) | t.stride(1)) * t.element_size() % 16
 
 
-def library(
+def provider(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -146,5 +146,5 @@ def library(
         aligned=_aligned(q) and _aligned(k) and _aligned(v),
         rising=scale is None or scale > 0,
     )
-    provider = choose(call, _name(q.device.index))
-    return None if provider == OURS else import_module(f"glimpse_kernels.attention.{provider}").attention
+    chosen = choose(call, _name(q.device.index))
+    return None if chosen == OURS else import_module(f"glimpse_kernels.attention.{chosen}").attention

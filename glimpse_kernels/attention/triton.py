@@ -292,7 +292,7 @@ def attention(
         attention_combine_kernel[(q_rows * q_heads,)](
             sums, logs, out, out if lse is None else lse, positions, cu_seqlens_q, cu_seqlens_k,
             out.stride(0), out.stride(1), q_rows, k_rows, segments, longest, q_heads,
-            DV=v_dim, V=max(16, 1 << (v_dim - 1).bit_length()), CAUSAL=causal, POSITIONS=q_positions is not None,
+            DV=v_dim, V=max(16, _triton.power_of_2(v_dim)), CAUSAL=causal, POSITIONS=q_positions is not None,
             LSE=lse is not None, CHUNK=CHUNK, BLOCK=16, SEARCH=_search_block(segments), num_warps=4,
         )  # fmt: skip
         return out if lse is None else (out, lse)

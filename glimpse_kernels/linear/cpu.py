@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from glimpse_kernels._ext import extension
 from glimpse_kernels._tensors import DTYPE_CODES
+from glimpse_kernels.linear.torch_gemm import torch_linear
 from glimpse_kernels.linear.weights import Int8Weight, Weight
 from glimpse_kernels.swiglu.cpu import swiglu
 
@@ -46,21 +46,11 @@ def linear(
     """See `glimpse_kernels.linear`; arguments are checked there."""
     if _torch_is_faster(x, weight):
         assert isinstance(weight, Tensor)
-        with torch.no_grad():
-            y = _torch_product(x, weight, bias, out)
-            return torch.ops.aten.gelu.out(y, out=y) if activation == "gelu" else y
+        return torch_linear(x, weight, bias, activation, out)
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     _run(x, (weight,), (bias,), (out,), GELU if activation == "gelu" else NONE)
     return out
-
-
-def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return F.linear(x, weight, bias)
-    if bias is None:
-        return torch.mm(x, weight.T, out=out)
-    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def linear_group(

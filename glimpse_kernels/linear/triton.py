@@ -21,6 +21,7 @@ import triton
 from torch import Tensor
 
 from glimpse_kernels import _triton
+from glimpse_kernels.linear.torch_gemm import torch_linear
 from glimpse_kernels.linear.triton_kernels import GATED, GELU, NONE, linear_row_kernel, linear_tile_kernel
 from glimpse_kernels.linear.weights import Int8Weight, Weight
 from glimpse_kernels.swiglu.triton import swiglu
@@ -104,9 +105,7 @@ def linear(
     """See `glimpse_kernels.linear`; arguments are checked there."""
     if _torch_multiplies(x, weight):
         assert isinstance(weight, Tensor)
-        with torch.no_grad():
-            y = _torch_product(x, weight, bias, out)
-            return torch.ops.aten.gelu.out(y, out=y) if activation == "gelu" else y
+        return torch_linear(x, weight, bias, activation, out)
     if out is None:
         out = x.new_empty(x.shape[0], weight.shape[0])
     _run(x, (weight,), (bias,), (out,), GELU if activation == "gelu" else NONE)
@@ -162,14 +161,6 @@ def _torch_multiplies(x: Tensor, weight: Weight) -> bool:
     if isinstance(weight, Int8Weight):
         return False
     return x.shape[0] > STREAMED.pick(_triton.chip(x.device).capability, "plain")
-
-
-def _torch_product(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    if out is None:
-        return F.linear(x, weight, bias)
-    if bias is None:
-        return torch.mm(x, weight.T, out=out)
-    return torch.addmm(bias, x, weight.T, out=out)
 
 
 def _laid_together(a: Tensor, b: Tensor) -> Tensor | None:

@@ -21,6 +21,8 @@ with torch.device("cpu"):
     # make would be on the CPU for good.
     torch.empty(0)
 
+needs_triton = pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
+
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
 
 

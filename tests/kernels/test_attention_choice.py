@@ -19,13 +19,12 @@ from torch import Tensor
 from glimpse_kernels import _triton, dispatch, force_backend, proof
 from glimpse_kernels.attention import _flash, choice, flash_attn, torch_flash
 from glimpse_kernels.attention.naive import attention as naive_attention
-from tests.kernels.kernel_cases import cu_seqlens
+from tests.kernels.kernel_cases import cu_seqlens, needs_triton
 
 CALL = choice.Call(
     dtype=torch.bfloat16, dim=128, v_dim=128, heads=28, kv_heads=4, causal=True, positions=False,
     segments=1, queries=1000, keys=1000, bounded=False,
 )  # fmt: skip
-needs_triton = pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
 KEY = "bfloat16 causal 128/128 grouped 1024x1024"
 
 
@@ -266,7 +265,7 @@ def test_an_lse_of_another_shape_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_what_the_op_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`library` describes the tensors; nothing is asked where a backend is forced."""
+    """`provider` describes the tensors; nothing is asked where a backend is forced."""
     asked: list[choice.Call] = []
     monkeypatch.setattr(choice, "_name", lambda index: "GPU")
 
@@ -284,11 +283,11 @@ def test_what_the_op_asks(monkeypatch: pytest.MonkeyPatch) -> None:
         "bounded": True,
     }
     with force_backend("auto"):
-        assert choice.library(q, k, v, **words) is torch_flash.attention
+        assert choice.provider(q, k, v, **words) is torch_flash.attention
     assert asked == [
         choice.Call(torch.float16, 8, 16, 4, 2, True, False, 3, 6, 9, True, aligned=False, rising=False)
     ]
     with force_backend("naive"):
-        assert choice.library(q, k, v, **words) is None
+        assert choice.provider(q, k, v, **words) is None
     monkeypatch.setattr(choice, "choose", lambda call, device: choice.OURS)
-    assert dispatch.forced_backend() != "auto" or choice.library(q, k, v, **words) is None
+    assert dispatch.forced_backend() != "auto" or choice.provider(q, k, v, **words) is None

@@ -14,6 +14,7 @@ import torch
 
 import glimpse_kernels
 from glimpse_kernels import _triton, dispatch
+from tests.kernels.kernel_cases import needs_triton
 
 if _triton.interpreting():
     import triton
@@ -41,7 +42,7 @@ if _triton.interpreting():
 FOLDERS = sorted({row.folder for row in dispatch.support_table() if row.backend == "triton"})
 
 
-@pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
+@needs_triton
 @pytest.mark.parametrize("folder", FOLDERS)
 def test_kernels_are_interpreted_without_a_gpu_and_compiled_with_one(folder: str) -> None:
     from triton.runtime.interpreter import InterpretedFunction
@@ -63,7 +64,7 @@ def test_kernels_are_interpreted_without_a_gpu_and_compiled_with_one(folder: str
     assert not wrong
 
 
-@pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
+@needs_triton
 def test_the_package_knows_whether_it_is_interpreted() -> None:
     assert _triton.interpreting() is not torch.cuda.is_available()
 

@@ -353,7 +353,7 @@ def test_torch_multiplies_where_it_has_tiles(monkeypatch: pytest.MonkeyPatch) ->
         return inner(*args)
 
     monkeypatch.setattr(cpu, "_has_amx", lambda: True)
-    monkeypatch.setattr(cpu.F, "linear", counted)
+    monkeypatch.setattr(F, "linear", counted)
     x, weight, bias = data(30, 64, 48, torch.bfloat16)
     got = linear(x, weight, bias, activation="gelu")
     gated = gated_linear(x, weight, weight, bias, bias)

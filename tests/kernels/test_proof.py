@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from glimpse_kernels import _triton, dispatch, explain, force_backend, proof
+from tests.kernels.kernel_cases import needs_triton
 
 RMS = proof.Proof("rms_norm", "triton", "NVIDIA H200", "2026-11-21", "0123abcd", 12)
-needs_triton = pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
 
 
 @pytest.fixture(autouse=True)

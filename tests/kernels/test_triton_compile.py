@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from glimpse_kernels import _triton, dispatch
+from glimpse_kernels import dispatch
+from tests.kernels.kernel_cases import needs_triton
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "triton-kernels.md"
@@ -27,7 +28,7 @@ MOST_SHARED = {80: 99, 90: 227, 100: 227}
 BY_TORCH = {"vip_conditions"}
 """Ops whose wrapper hands all the work to torch."""
 
-pytestmark = pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
+pytestmark = needs_triton
 OPS = [row.op for row in dispatch.support_table() if row.backend == "triton"]
 Kernel = dict[str, Any]
 

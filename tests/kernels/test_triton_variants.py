@@ -9,9 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
-from glimpse_kernels import _triton
+from tests.kernels.kernel_cases import needs_triton
 
 SCRIPT = """
 import json
@@ -49,7 +47,7 @@ print(json.dumps({name: len(kinds) for name, kinds in found.items()}))
 """
 
 
-@pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
+@needs_triton
 def test_lengths_do_not_make_variants() -> None:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
