@@ -19,7 +19,7 @@ STAMP := $(VENV)/.installed
 DEPS  := $(VENV)/.dependencies
 PIP   := $(BIN)/python -m pip install --disable-pip-version-check --progress-bar off $(PIP_FLAGS)
 
-NATIVE := CMakeLists.txt $(shell find csrc -type f 2>/dev/null)
+NATIVE := CMakeLists.txt $(shell find cmake csrc -type f 2>/dev/null)
 
 export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
@@ -45,8 +45,10 @@ lint: $(STAMP) ## ruff and mypy
 unit: $(STAMP) ## all tests (PYTEST="..." passes flags on)
 	OMP_NUM_THREADS=$(THREADS) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal $(PYTEST)
 
-# No .venv: machines with GPUs bring a torch of their own. Nothing is installed or built.
-gpu-check: ## tests, benchmark and report of the GPU kernels, with the python3 that is there; under nine minutes
+# No .venv: machines with GPUs bring a torch of their own. Nothing is installed; the extension is built into build/gpu for that Python.
+gpu-check: ## build, tests, benchmark and report of the GPU kernels, with the python3 that is there; under nine minutes
+	@$(GPU_PYTHON) -c 'import torch, typer, rich, pytest' || { \
+	  echo "make: gpu-check needs a Python with torch, typer, rich and pytest: GPU_PYTHON=..." >&2; exit 1; }
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_CHECK)
 
 train-tiny: $(STAMP) ## train models/tiny anew, into runs/tiny; an interrupted run goes on (hours on two cores)
@@ -75,9 +77,10 @@ $(DEPS): $(BIN)/python constraints.txt
 	@$(BIN)/python -c 'import triton' 2>/dev/null || grep '^triton' constraints.txt >> $(VENV)/constraints.txt
 	@touch $@
 
+# GLIMPSE_EMULATED: the CUDA kernels once more, for the host, where the tests run them.
 $(STAMP): $(DEPS) pyproject.toml $(NATIVE)
 	CMAKE_BUILD_PARALLEL_LEVEL=$(CPUS) $(PIP) --constraint $(VENV)/constraints.txt \
-	  --no-build-isolation --editable ".[test]"
-	@$(BIN)/python -c 'import glimpse_kernels._C' 2>/dev/null || \
+	  --no-build-isolation --config-settings=cmake.define.GLIMPSE_EMULATED=ON --editable ".[test]"
+	@$(BIN)/python -c 'from glimpse_kernels import _C; print("make: CUDA kernels:", _C.cuda_build)' 2>/dev/null || \
 	  echo "make: csrc was not built (no C++ compiler?): everything runs on the PyTorch definitions, slower" >&2
 	@touch $@

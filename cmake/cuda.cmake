@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 # The CUDA kernels: found nvcc, object libraries glimpse_cuda and glimpse_bind_cuda, and the module _emulated.
 #
-# Takes cuda_ops, GLIMPSE_CUDA, GLIMPSE_EMULATED. Sets cuda_works, and cuda_build: what was built, or why nothing was, in one line.
+# Takes cuda_ops, GLIMPSE_CUDA, GLIMPSE_EMULATED. Sets cuda_works, and cuda_build: what was built, or why nothing was, in one line (all that
+# nvcc said is in cuda_probe.log).
 set(cuda_works OFF)
 set(cuda_build "GLIMPSE_CUDA=OFF")
 set_property(CACHE GLIMPSE_CUDA PROPERTY STRINGS AUTO ON OFF)
@@ -9,7 +10,7 @@ if(NOT GLIMPSE_CUDA MATCHES "^(AUTO|ON|OFF)$")
   message(FATAL_ERROR "GLIMPSE_CUDA: expected AUTO, ON or OFF, found ${GLIMPSE_CUDA}")
 endif()
 
-# Finds nvcc and lets it compile a kernel for each target: enable_language(CUDA) would end the whole build where that fails.
+# Finds nvcc and lets it build a module with kernels, in a build of its own: enable_language(CUDA) would end this one where that fails.
 function(glimpse_find_cuda)
   if(CMAKE_CUDA_COMPILER)
     set(nvcc "${CMAKE_CUDA_COMPILER}")
@@ -45,29 +46,57 @@ function(glimpse_find_cuda)
       endif()
     endforeach()
   endif()
-  # All that is special in the language of the kernels, and CUB: what compiles these compiles the rest.
-  set(probe "${CMAKE_CURRENT_BINARY_DIR}/cuda_probe")
-  file(WRITE "${probe}.cu" "#include <cub/block/block_scan.cuh>\n#include \"cuda/device.cu\"\n")
-  set(flags "")
+  set(names "")
   foreach(architecture IN LISTS architectures)
-    string(REGEX MATCH "^[0-9]+[af]?" name "${architecture}")
-    if(name)
-      list(APPEND flags "-gencode=arch=compute_${name},code=sm_${name}")
+    if(NOT architecture MATCHES "^([0-9]+[af]?)(-real|-virtual)?$" OR CMAKE_MATCH_1 VERSION_LESS 80)
+      set(cuda_build "CMAKE_CUDA_ARCHITECTURES: expected some like 80, 90a or 100-real, found ${architecture}" PARENT_SCOPE)
+      return()
+    endif()
+    list(APPEND names "sm_${architecture}")
+  endforeach()
+  if(NOT names)
+    set(cuda_build "nvcc ${release} knows none of the architectures 80, 90a, 100" PARENT_SCOPE)
+    return()
+  endif()
+  # The compiler that nvcc hands the host's side to is the one of the rest of the package.
+  if(NOT CMAKE_CUDA_HOST_COMPILER AND NOT DEFINED ENV{CUDAHOSTCXX})
+    set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}")
+    set(CMAKE_CUDA_HOST_COMPILER "${CMAKE_CXX_COMPILER}" PARENT_SCOPE)
+  endif()
+  set(probe "${CMAKE_CURRENT_BINARY_DIR}/cuda_probe")
+  set(parts "")
+  foreach(name CMAKE_MAKE_PROGRAM CMAKE_CXX_COMPILER CMAKE_CUDA_HOST_COMPILER CMAKE_CUDA_FLAGS CMAKE_TOOLCHAIN_FILE)
+    if(${name})
+      list(APPEND parts "-D${name}=${${name}}")
     endif()
   endforeach()
-  execute_process(COMMAND "${nvcc}" -std=c++17 -ccbin "${CMAKE_CXX_COMPILER}" ${flags} "-I${CMAKE_CURRENT_SOURCE_DIR}/csrc"
-                          "-I${CMAKE_CURRENT_SOURCE_DIR}/csrc/include" -c "${probe}.cu" -o "${probe}.o"
-                  RESULT_VARIABLE status OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  # In English, and so in ASCII, as these words become a part of the package.
+  execute_process(
+    COMMAND "${CMAKE_COMMAND}" -E env LC_ALL=C "${CMAKE_COMMAND}" -S "${CMAKE_CURRENT_SOURCE_DIR}/cmake/cuda_probe" -B "${probe}"
+            -G "${CMAKE_GENERATOR}" "-DCMAKE_CUDA_COMPILER=${nvcc}" "-DCMAKE_CUDA_ARCHITECTURES=${architectures}" ${parts}
+    RESULT_VARIABLE status OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  if(status EQUAL 0)
+    execute_process(COMMAND "${CMAKE_COMMAND}" -E env LC_ALL=C "${CMAKE_COMMAND}" --build "${probe}"
+                    RESULT_VARIABLE status OUTPUT_VARIABLE said ERROR_VARIABLE said)
+  endif()
   if(NOT status EQUAL 0)
-    string(REGEX MATCH "[^\n]*(error|fatal)[^\n]*" why "${said}")
-    string(REPLACE "\"" "'" why "${why}")
-    set(cuda_build "nvcc ${release} does not compile here: ${why}" PARENT_SCOPE)
+    file(WRITE "${CMAKE_CURRENT_BINARY_DIR}/cuda_probe.log" "${said}")
+    file(REMOVE_RECURSE "${probe}")
+    string(REGEX MATCH "[^\n]*(error:|error :|fatal *:|cannot find|: not found|undefined reference)[^\n]*" why "${said}")
+    if(NOT why)
+      string(REGEX REPLACE ".*CMake Error[^\n]*\n" "" why "${said}")
+      string(REGEX REPLACE "\nCall Stack.*" "" why "${why}")
+    endif()
+    string(REGEX REPLACE "[ \n]+" " " why "${why}")
+    string(REGEX REPLACE "[\"\\\\;$]" "'" why "${why}")
+    string(STRIP "${why}" why)
+    set(cuda_build "nvcc ${release} builds nothing here: ${why}" PARENT_SCOPE)
     return()
   endif()
   set(CMAKE_CUDA_COMPILER "${nvcc}" PARENT_SCOPE)
   set(CMAKE_CUDA_ARCHITECTURES "${architectures}" PARENT_SCOPE)
-  string(REPLACE ";" " sm_" names "${architectures}")
-  set(cuda_build "nvcc ${release}: sm_${names}" PARENT_SCOPE)
+  string(REPLACE ";" " " names "${names}")
+  set(cuda_build "nvcc ${release}: ${names}" PARENT_SCOPE)
   set(cuda_works ON PARENT_SCOPE)
 endfunction()
 
@@ -104,10 +133,9 @@ endif()
 
 if(cuda_works)
   enable_language(CUDA)
-  find_package(CUDAToolkit REQUIRED)
   add_library(glimpse_cuda OBJECT ${cuda_sources})
   set_target_properties(glimpse_cuda PROPERTIES
-    CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden CUDA_RUNTIME_LIBRARY Static
+    CUDA_STANDARD 17 CUDA_STANDARD_REQUIRED ON CUDA_VISIBILITY_PRESET hidden
     CUDA_ARCHITECTURES "${CMAKE_CUDA_ARCHITECTURES}")
   target_include_directories(glimpse_cuda PRIVATE ${GLIMPSE_INCLUDES})
   target_compile_definitions(glimpse_cuda PRIVATE GLIMPSE_CUDA_TARGETS="${cuda_build}")

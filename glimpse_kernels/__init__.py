@@ -14,7 +14,10 @@ from glimpse_kernels.attention import attention
 from glimpse_kernels.compact import compact
 from glimpse_kernels.decode_attention import decode_attention
 from glimpse_kernels.dispatch import UnsupportedError, explain, force_backend, support_table
+from glimpse_kernels.drop_duplicates import drop_duplicates
+from glimpse_kernels.farthest_points import farthest_points
 from glimpse_kernels.glimpse_scores import glimpse_scores
+from glimpse_kernels.greedy_dpp import greedy_dpp
 from glimpse_kernels.last_row_attention import last_row_attention
 from glimpse_kernels.linear import Int8Weight, gated_linear, linear, linear_group, quantize_int8
 from glimpse_kernels.patchify import patchify
@@ -23,6 +26,7 @@ from glimpse_kernels.recording import Recording
 from glimpse_kernels.rms_norm import rms_norm
 from glimpse_kernels.rope import mrope_cos_sin, rope, vision_rotary
 from glimpse_kernels.select_tokens import Selection, select_tokens
+from glimpse_kernels.similarity import cosine_similarity
 from glimpse_kernels.swiglu import swiglu
 from glimpse_kernels.vip import VipWeights, vip, vip_conditions, vip_rotary
 
@@ -34,12 +38,16 @@ __all__ = [
     "VipWeights",
     "attention",
     "compact",
+    "cosine_similarity",
     "decode_attention",
+    "drop_duplicates",
     "explain",
+    "farthest_points",
     "force_backend",
     "gated_linear",
     "glimpse_scores",
     "last_row_attention",
+    "greedy_dpp",
     "linear",
     "linear_group",
     "mrope_cos_sin",

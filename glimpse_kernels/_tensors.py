@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1}
+DTYPE_CODES: dict[torch.dtype, int] = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 """`glimpse_dtype` of csrc/include/glimpse/common.h."""
 
 
@@ -92,6 +92,12 @@ def expect_contiguous(op: str, name: str, t: Tensor) -> None:
         raise ValueError(
             f"{op}: {name}: expected a contiguous tensor, found strides {list(t.stride())} for {describe(t)}"
         )
+
+
+def expect_count(op: str, name: str, value: int, *, least: int = 0) -> None:
+    """ValueError unless `value` is at least `least`."""
+    if value < least:
+        raise ValueError(f"{op}: {name}: expected at least {least}, found {value}")
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

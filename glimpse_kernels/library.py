@@ -190,6 +190,86 @@ def _select_tokens_fake(
     )
 
 
+def _farthest_points(
+    similarity: Tensor,
+    cu_seqlens: Tensor,
+    cu_picks: Tensor,
+    *,
+    tokens: int,
+    capacity: int,
+    repeat: bool = True,
+    max_seqlen: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return gk.farthest_points(
+        similarity,
+        cu_seqlens,
+        cu_picks,
+        tokens=tokens,
+        capacity=capacity,
+        repeat=repeat,
+        max_seqlen=max_seqlen,
+    )
+
+
+def _farthest_points_fake(
+    similarity: Tensor, *_: Any, tokens: int, capacity: int, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return similarity.new_empty(capacity, dtype=torch.int32), similarity.new_empty(tokens, dtype=torch.bool)
+
+
+def _greedy_dpp(
+    similarity: Tensor,
+    relevance: Tensor,
+    cu_seqlens: Tensor,
+    cu_picks: Tensor,
+    *,
+    capacity: int,
+    eps: float = 1e-5,
+    max_seqlen: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return gk.greedy_dpp(
+        similarity, relevance, cu_seqlens, cu_picks, capacity=capacity, eps=eps, max_seqlen=max_seqlen
+    )
+
+
+def _greedy_dpp_fake(
+    similarity: Tensor, relevance: Tensor, *_: Any, capacity: int, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return (
+        similarity.new_empty(capacity, dtype=torch.int32),
+        similarity.new_empty(relevance.shape[0], dtype=torch.bool),
+    )
+
+
+def _drop_duplicates(
+    similarity: Tensor,
+    cu_seqlens: Tensor,
+    order: Tensor,
+    cu_order: Tensor,
+    targets: Tensor,
+    *,
+    tokens: int,
+    per_round: int = 8,
+    max_seqlen: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    return gk.drop_duplicates(
+        similarity,
+        cu_seqlens,
+        order,
+        cu_order,
+        targets,
+        tokens=tokens,
+        per_round=per_round,
+        max_seqlen=max_seqlen,
+    )
+
+
+def _drop_duplicates_fake(
+    similarity: Tensor, cu_seqlens: Tensor, order: Tensor, *_: Any, tokens: int, **__: Any
+) -> tuple[Tensor, Tensor]:
+    return order.new_empty(order.shape[0]), order.new_empty(tokens, dtype=torch.bool)
+
+
 def _compact(
     index: Tensor,
     slots: Tensor | None,
@@ -363,6 +443,24 @@ _register(
     "-> (Tensor, Tensor, Tensor, Tensor)",
     _select_tokens,
     _select_tokens_fake,
+)
+_register(
+    "farthest_points(Tensor similarity, Tensor cu_seqlens, Tensor cu_picks, *, SymInt tokens, SymInt capacity, "
+    "bool repeat=True, SymInt? max_seqlen=None) -> (Tensor, Tensor)",
+    _farthest_points,
+    _farthest_points_fake,
+)
+_register(
+    "greedy_dpp(Tensor similarity, Tensor relevance, Tensor cu_seqlens, Tensor cu_picks, *, SymInt capacity, "
+    "float eps=1e-5, SymInt? max_seqlen=None) -> (Tensor, Tensor)",
+    _greedy_dpp,
+    _greedy_dpp_fake,
+)
+_register(
+    "drop_duplicates(Tensor similarity, Tensor cu_seqlens, Tensor order, Tensor cu_order, Tensor targets, *, "
+    "SymInt tokens, SymInt per_round=8, SymInt? max_seqlen=None) -> (Tensor, Tensor)",
+    _drop_duplicates,
+    _drop_duplicates_fake,
 )
 _register(
     "compact(Tensor index, Tensor? slots, Tensor? k_src, Tensor? v_src, Tensor(a!)? k_dst, Tensor(b!)? v_dst, "

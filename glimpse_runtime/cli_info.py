@@ -33,9 +33,10 @@ def info(
     as_json: bool = typer.Option(False, "--json", help="Print one JSON object instead of tables."),
 ) -> None:
     """Show this machine, and which backend serves each op and why others were passed over."""
-    machine, ops = _machine(), _ops()
+    machine = _machine()
+    found = {device: _ops(device) for device in (("cpu", "cuda") if machine["gpu"] != "none" else ("cpu",))}
     if as_json:
-        print(json.dumps({"machine": machine, "ops": ops}))
+        print(json.dumps({"machine": machine, "ops": found["cpu"], "gpu_ops": found.get("cuda", [])}))
         return
     out = console.out()
     about = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
@@ -43,20 +44,33 @@ def info(
         about.add_row(name, escape(str(value)))
     out.print(about)
     out.print()
-    table = Table(title="Ops on the CPU", title_justify="left", box=None, padding=(0, 2, 0, 0))
-    for title in ("op", "dtypes", "served by", "passed over"):
-        table.add_column(title, overflow="fold")
-    for op, dtypes, served, passed in _grouped(ops):
-        table.add_row(op, dtypes, escape(served), escape(passed))
-    out.print(table)
+    for device, title in (("cpu", "Ops on the CPU"), ("cuda", "Ops on the GPU")):
+        if device in found:
+            out.print(_table(title, found[device]))
+            out.print()
     bare = sorted(
-        {name for row in ops for name, reason in row["passed_over"].items() if reason == _NO_KERNEL}
+        {
+            name
+            for ops in found.values()
+            for row in ops
+            for name, reason in row["passed_over"].items()
+            if reason == _NO_KERNEL
+        }
     )
     if bare:
         out.print(
-            f"\nWhere a backend is not named it has no kernel in this version ({', '.join(bare)}).",
+            f"Where a backend is not named it has no kernel in this version ({', '.join(bare)}).",
             style="dim",
         )
+
+
+def _table(title: str, ops: list[dict[str, Any]]) -> Table:
+    table = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0))
+    for name in ("op", "dtypes", "served by", "passed over"):
+        table.add_column(name, overflow="fold")
+    for op, dtypes, served, passed in _grouped(ops):
+        table.add_row(op, dtypes, escape(served), escape(passed))
+    return table
 
 
 def _grouped(ops: list[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
@@ -88,7 +102,7 @@ def _processor_name() -> str:
 def _machine() -> dict[str, Any]:
     import torch
 
-    from glimpse_kernels import _ext
+    from glimpse_kernels import _cuda, _ext
     from glimpse_kernels.dispatch import forced_backend
     from glimpse_runtime import threads
 
@@ -109,12 +123,14 @@ def _machine() -> dict[str, Any]:
         "compiled kernels": f"instruction set {module.isa()}"
         if module
         else f"not available ({_ext.compiled_error()})",
+        "compiled CUDA kernels": module.cuda_build if module else "not available",
         "backend": forced_backend(),
-        "gpu": ", ".join(gpus) + " (no kernels for it in this version)" if gpus else "none",
+        "gpu": ", ".join(gpus) if gpus else "none",
+        **({"CUDA C++ on it": _cuda.missing() or "runs"} if gpus else {}),
     }
 
 
-def _ops() -> list[dict[str, Any]]:
+def _ops(device: str) -> list[dict[str, Any]]:
     import torch
 
     from glimpse_kernels import UnsupportedError
@@ -132,9 +148,9 @@ def _ops() -> list[dict[str, Any]]:
         for dtype in sorted(served, key=str):
             if dtype is torch.float16:  # definitions only; models run in the other two
                 continue
-            verdicts = explain(op, "cpu", dtype)
+            verdicts = explain(op, device, dtype)
             try:
-                backend = choose(op, "cpu", dtype)
+                backend = choose(op, device, dtype)
             except UnsupportedError:
                 backend = ""
             how = {name: reason for name, _, reason in verdicts}

@@ -128,8 +128,9 @@ glimpse_status patchify(const glimpse_patchify_params& p) {
       return run<float>(p);
     case GLIMPSE_BFLOAT16:
       return run<bf16>(p);
+    default:
+      return fail(GLIMPSE_UNSUPPORTED, "patchify: no kernel for dtype %d", static_cast<int>(p.dtype));
   }
-  return fail(GLIMPSE_UNSUPPORTED, "patchify: no kernel for dtype %d", static_cast<int>(p.dtype));
 }
 
 }  // namespace glimpse::GLIMPSE_ISA_NS

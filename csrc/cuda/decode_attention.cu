@@ -52,17 +52,26 @@ struct Problem {
 template <class T, int DIM>
 struct Shape {
   static constexpr int kStage = 2 * Tile<T, DIM>::kBytes;
-  static constexpr int kWarps = kStage > 16384 ? 2 : 4;
+  static constexpr int kWarps = kStage > 16384 ? 2 : 4;  // of a block; less where the chip has no room for so many
   static constexpr int kThreads = 32 * kWarps;
-  // 96 KiB a block: two of them on a multiprocessor of capability 9.0. Wide rows in fp32 need 128 KiB.
+  // 64 to 96 KiB a block: two of them on a multiprocessor of capability 9.0. Rows of 512 bytes and more take 128 KiB.
   static constexpr int kStages = kStage <= 4096 ? 4 : kStage <= 8192 ? 3 : 2;
-  static constexpr int kUnit = kTileKeys * kWarps;  // keys of every run but a row's last are a multiple of this
   static constexpr size_t kQueryBytes = kHeads * kQueryRow<DIM> * sizeof(T);
-  static constexpr size_t kShared = kQueryBytes + static_cast<size_t>(kWarps) * kStages * kStage;
+  static constexpr size_t shared(int warps) { return kQueryBytes + static_cast<size_t>(warps) * kStages * kStage; }
   static_assert(kStage >= kHeads * kSumRow<DIM> * 4, "a stage holds a warp's sums");
 };
 
-// A row of this length: runs of `size` keys, `used` of them.
+// What else the warps of a block have in shared memory.
+template <class T, int DIM>
+struct Notes {
+  static constexpr int kWarps = Shape<T, DIM>::kWarps;
+  typename Core<T, DIM>::Scratch scratch[kWarps];
+  float tops[kWarps][kHeads], totals[kWarps][kHeads];
+  float run_top[kHeads], run_total[kHeads];  // of the whole run
+  unsigned live[kWarps][Shape<T, DIM>::kStages];
+};
+
+// A row of this length: runs of `size` keys, a multiple of `unit`, and `used` of them.
 struct Cut {
   unsigned size, used;
 };
@@ -154,59 +163,50 @@ class Loader {
   int lane_;
 };
 
-template <int WARPS, int STAGES>
-struct Notes {
-  float tops[WARPS][kHeads], totals[WARPS][kHeads];  // of the warps
-  float run_top[kHeads], run_total[kHeads];
-  unsigned live[WARPS][STAGES];
-};
-
 template <class T, int DIM>
 __global__ void __launch_bounds__(Shape<T, DIM>::kThreads, 1) decode_attention_kernel(const __grid_constant__ Problem p) {
   using S = Shape<T, DIM>;
+  using SharedNotes = Notes<T, DIM>;
   constexpr int kStages = S::kStages;
-  using SharedNotes = Notes<S::kWarps, kStages>;
-  using Scratch = typename Core<T, DIM>::Scratch;
-  struct Scratches {
-    Scratch of[S::kWarps];
-  };
   SHARED(SharedNotes, notes);
-  SHARED(Scratches, scratches);
   T* const queries = reinterpret_cast<T*>(dynamic_shared());
   unsigned char* const stages = dynamic_shared() + S::kQueryBytes;
 
   let_next_grid_start();
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, lane = thread % 32;
+  const int threads = static_cast<int>(blockDim.x), warps = threads / 32;
+  const auto unit = static_cast<unsigned>(kTileKeys * warps);
   const unsigned run = blockIdx.x % static_cast<unsigned>(p.runs), line_index = blockIdx.x / static_cast<unsigned>(p.runs);
   const Line line = line_of(p, line_index);
   const unsigned length = length_of(p, line.row);
-  const Cut row = cut(length, static_cast<unsigned>(p.runs), S::kUnit);
+  const Cut row = cut(length, static_cast<unsigned>(p.runs), unit);
   if (run >= max(row.used, 1u)) return;
   if (length == 0) {
-    for (int i = thread; i < line.heads * p.quads; i += S::kThreads) write<T>(p, line, i / p.quads, i % p.quads, Joined<1>{});
+    for (int i = thread; i < line.heads * p.quads; i += threads) write<T>(p, line, i / p.quads, i % p.quads, Joined<1>{});
     return;
   }
 
   const unsigned begin = run * row.size, end = min(begin + row.size, length);
   const unsigned first = begin + static_cast<unsigned>(warp * kTileKeys);
-  const int count = first < end ? static_cast<int>(ceil_div(end - first, static_cast<unsigned>(S::kUnit))) : 0;
+  const int count = first < end ? static_cast<int>(ceil_div(end - first, unit)) : 0;
   unsigned char* const own = stages + warp * (kStages * S::kStage);
   const Loader<T, DIM> loader(p, line, end);
   int entry = loader.entry(first);  // always of the next tile to start
   // Queries travel while the table does.
+  const auto query = [&](int index) {
+    const int head = index / DIM, d = index % DIM;
+    const bool there = head < line.heads && d < p.k.dim;
+    return there ? static_cast<const T*>(p.q)[line.row * p.q_stride + (line.first_head + head) * p.q_head_stride + d]
+                 : from_float<T>(0.0f);
+  };
   constexpr int kMine = kHeads * DIM / S::kThreads;
   T mine[kMine];
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int index = thread + i * S::kThreads, head = index / DIM, d = index % DIM;
-    mine[i] = from_float<T>(0.0f);
-    if (head < line.heads && d < p.k.dim)
-      mine[i] = static_cast<const T*>(p.q)[line.row * p.q_stride + (line.first_head + head) * p.q_head_stride + d];
-  }
-#pragma unroll
+  for (int i = 0; i < kMine; ++i) mine[i] = query(thread + i * threads);
+#pragma unroll 1  // short code arrives sooner
   for (int i = 0; i < kStages - 1; ++i) {
-    const unsigned at = first + static_cast<unsigned>(i * S::kUnit);
-    const int next = loader.entry(at + S::kUnit);
+    const unsigned at = first + static_cast<unsigned>(i) * unit;
+    const int next = loader.entry(at + unit);
     if (i < count) {
       const unsigned live = loader.start(own + i * S::kStage, at, entry);
       if (lane == 0) notes.live[warp][i] = live;
@@ -214,20 +214,19 @@ __global__ void __launch_bounds__(Shape<T, DIM>::kThreads, 1) decode_attention_k
     copy_async_commit();
     entry = next;
   }
+  const auto keep = [&](int index, T x) { queries[index / DIM * kQueryRow<DIM> + index % DIM] = x; };
 #pragma unroll
-  for (int i = 0; i < kMine; ++i) {
-    const int index = thread + i * S::kThreads;
-    queries[index / DIM * kQueryRow<DIM> + index % DIM] = mine[i];
-  }
+  for (int i = 0; i < kMine; ++i) keep(thread + i * threads, mine[i]);
+  for (int index = thread + kMine * threads; index < kHeads * DIM; index += threads) keep(index, query(index));
   __syncthreads();
 
-  Core<T, DIM> core(queries, p.scale, scratches.of[warp]);
+  Core<T, DIM> core(queries, p.scale, notes.scratch[warp]);
   int stage = 0, free = kStages - 1;
   for (int i = 0; i < count; ++i) {
     copy_async_wait<kStages - 2>();
     __syncwarp();  // tile i is there for all lanes, and they have left the one before
-    const unsigned at = first + static_cast<unsigned>((i + kStages - 1) * S::kUnit);
-    const int next = loader.entry(at + S::kUnit);
+    const unsigned at = first + static_cast<unsigned>(i + kStages - 1) * unit;
+    const int next = loader.entry(at + unit);
     if (i + kStages - 1 < count) {
       const unsigned live = loader.start(own + free * S::kStage, at, entry);
       if (lane == 0) notes.live[warp][free] = live;
@@ -248,10 +247,10 @@ __global__ void __launch_bounds__(Shape<T, DIM>::kThreads, 1) decode_attention_k
   float* const run_sums = reinterpret_cast<float*>(stages + S::kStage);  // behind the sums of the first warp
   const bool clustered = cluster_size() > 1;
   float* const part = p.parts + (static_cast<int64_t>(line_index) * p.runs + run) * (p.heads * p.quads * 4 + 2 * kHeads);
-  for (int i = thread; i < line.heads * p.quads; i += S::kThreads) {
+  for (int i = thread; i < line.heads * p.quads; i += threads) {
     const int head = i / p.quads, quad = i % p.quads;
     Joined<S::kWarps> joined;
-    joined.add(0, S::kWarps, 1, [&](int w) {
+    joined.add(0, warps, 1, [&](int w) {
       const float* const sums = reinterpret_cast<const float*>(stages + w * (kStages * S::kStage));
       return Part{notes.tops[w][head], notes.totals[w][head],
                   *reinterpret_cast<const float4*>(sums + head * kSumRow<DIM> + 4 * quad)};
@@ -271,7 +270,7 @@ __global__ void __launch_bounds__(Shape<T, DIM>::kThreads, 1) decode_attention_k
 
   cluster_sync();
   const int used = static_cast<int>(row.used);
-  for (int i = static_cast<int>(run) * S::kThreads + thread; i < line.heads * p.quads; i += used * S::kThreads) {
+  for (int i = static_cast<int>(run) * threads + thread; i < line.heads * p.quads; i += used * threads) {
     const int head = i / p.quads, quad = i % p.quads;
     Joined<kMostCluster> joined;
     joined.add(0, used, 1, [&](int r) {
@@ -281,7 +280,7 @@ __global__ void __launch_bounds__(Shape<T, DIM>::kThreads, 1) decode_attention_k
     });
     write<T>(p, line, head, quad, joined);
   }
-  cluster_sync();  // nobody ends while others read its memory
+  cluster_leave();  // nobody ends while others read its memory
 }
 
 // A block for each query head: its warps take runs in turn, and the first of them joins what they have.
@@ -373,10 +372,12 @@ bool is_wide(const void* data, int64_t dim, int64_t size, int64_t block, int64_t
 template <class T, int DIM>
 glimpse_status run(const Problem& problem, const Plan& plan, int64_t batch, const glimpse_cuda_call& call) {
   using S = Shape<T, DIM>;
+  int warps = S::kWarps;
+  while (warps > 1 && S::shared(warps) > most_shared(sizeof(Notes<T, DIM>))) warps /= 2;
   Launch how;
   how.grid.x = static_cast<unsigned>(batch * plan.lines * plan.runs);
-  how.block.x = S::kThreads;
-  how.shared = S::kShared;
+  how.block.x = static_cast<unsigned>(32 * warps);
+  how.shared = S::shared(warps);
   how.stream = call.stream;
   how.cluster = plan.cluster ? static_cast<unsigned>(plan.runs) : 1;
   const glimpse_status status = launch("decode_attention", how, decode_attention_kernel<T, DIM>, problem);
@@ -386,7 +387,7 @@ glimpse_status run(const Problem& problem, const Plan& plan, int64_t batch, cons
   join.block.x = 32 * kJoinWarps;
   join.stream = call.stream;
   join.dependent = true;
-  return launch("decode_attention", join, join_kernel<T>, problem, S::kUnit);
+  return launch("decode_attention", join, join_kernel<T>, problem, kTileKeys * warps);
 }
 
 template <class T>

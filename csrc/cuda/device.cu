@@ -16,26 +16,31 @@ namespace {
 constexpr int kDevices = 64;
 
 struct Device {
-  std::once_flag once;
-  Chip chip{0, 1};
+  std::atomic<bool> known{false};
+  Chip chip{0, 1, kSharedUnasked};
   char missing[256] = "";
 };
 Device devices[kDevices];
+std::mutex looking;
 
 __global__ void probe_kernel() {}
 
 void look_at(int index, Device& found) {
-  int major = 0, minor = 0, multiprocessors = 1;
+  int major = 0, minor = 0, multiprocessors = 1, shared = static_cast<int>(kSharedUnasked);
   cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index);
   cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index);
   cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index);
-  found.chip = Chip{10 * major + minor, multiprocessors};
+  cudaDeviceGetAttribute(&shared, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  found.chip = Chip{10 * major + minor, multiprocessors, static_cast<size_t>(shared)};
   cudaFuncAttributes attributes;
   const cudaError_t error = cudaFuncGetAttributes(&attributes, probe_kernel);
   if (error != cudaSuccess) {
     cudaGetLastError();
     std::snprintf(found.missing, sizeof found.missing, "no code for compute capability %d.%d in this build (%s): %s", major,
                   minor, GLIMPSE_CUDA_TARGETS, cudaGetErrorString(error));
+  } else if (attributes.ptxVersion < found.chip.capability) {
+    // The driver compiled code for an older chip, in which clusters and dependent launches may be left out (__CUDA_ARCH__).
+    found.chip.capability = attributes.ptxVersion;
   }
 }
 
@@ -43,7 +48,13 @@ Device* current() {
   int index = 0;
   if (cudaGetDevice(&index) != cudaSuccess || index < 0 || index >= kDevices) return nullptr;
   Device& device = devices[index];
-  std::call_once(device.once, look_at, index, std::ref(device));
+  if (!device.known.load(std::memory_order_acquire)) {
+    const std::lock_guard<std::mutex> alone(looking);
+    if (!device.known.load(std::memory_order_relaxed)) {
+      look_at(index, device);
+      device.known.store(true, std::memory_order_release);
+    }
+  }
   return &device;
 }
 
@@ -70,7 +81,7 @@ const char* driver_missing() {
 }  // namespace
 
 const Chip& chip() {
-  static const Chip nothing{80, 1};
+  static const Chip nothing{80, 1, kSharedUnasked};
   const Device* device = current();
   return device != nullptr ? device->chip : nothing;
 }

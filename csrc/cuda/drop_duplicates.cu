@@ -194,7 +194,7 @@ Cut cut(const glimpse_drop_duplicates_params& p) {
   found.layout.keys = 2;
   while (2 * found.layout.keys < found.layout.most + 1) found.layout.keys *= 2;
   found.layout.words = ceil_div<int64_t>(found.longest, 32);
-  found.shared = found.layout.bytes() <= most_shared();
+  found.shared = found.layout.bytes() <= most_shared(0);
   // A warp for every row of A if there are so many.
   const int64_t wanted = larger<int64_t>(1, ceil_div<int64_t>(found.layout.most, 2)) * kWarp;
   found.blocks = found.shared ? cluster_for(ceil_div<int64_t>(wanted, kMostThreads), p.groups) : 1;

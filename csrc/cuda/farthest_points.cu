@@ -52,6 +52,7 @@ __global__ void __launch_bounds__(kRows* kWarp) farthest_points_nearest_kernel(c
     else
       high = middle;
   }
+  if (low == packed.groups) return;
   int64_t offset = squares_before(packed.cu_seqlens, low), begin = 0, n = 0;
   for (int64_t g = low; g < packed.groups; ++g) {
     begin = packed.cu_seqlens[g];
@@ -194,7 +195,7 @@ Cut cut(const glimpse_farthest_points_params& p) {
   const int64_t fours = ceil_div<int64_t>(ceil_div<int64_t>(found.longest, 4), found.blocks);
   found.threads = static_cast<unsigned>(smaller<int64_t>(kMostThreads, larger<int64_t>(2 * kWarp, ceil_div<int64_t>(fours, kWarp) * kWarp)));
   found.part = ceil_div<int64_t>(fours, found.threads) * found.threads * 4;
-  found.shared = static_cast<size_t>(found.part) * sizeof(float) <= most_shared();
+  found.shared = static_cast<size_t>(found.part) * sizeof(float) <= most_shared(sizeof(Exchange));
   return found;
 }
 

@@ -31,7 +31,8 @@ struct Args {
   float* out;
   int64_t sequences, tokens, count;
   int64_t q_stride, q_head_stride, k_stride, k_head_stride, lse_stride, out_stride;
-  int group, parts, chunks, dim;  // chunks: of kHeads, in the query heads of a kv head; parts: chunks of all kv heads
+  unsigned parts, chunks;  // chunks: of kHeads, in the query heads of a kv head; parts: chunks of all kv heads
+  int group, dim;
   float scale;
 };
 
@@ -43,25 +44,26 @@ struct Work {
   int kv_head, head, heads;  // `heads` query heads from `head` on
 
   __device__ __forceinline__ Work(const Args& a, int keys) {
-    const int64_t flat = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
-    const int part = static_cast<int>(flat % a.parts);
-    first = flat / a.parts * keys;
-    kv_head = part / a.chunks;
-    head = kv_head * a.group + part % a.chunks * kHeads;
+    const unsigned flat = blockIdx.x * (kThreads / 32) + threadIdx.x / 32, part = flat % a.parts;
+    first = static_cast<int64_t>(flat / a.parts) * keys;
+    kv_head = static_cast<int>(part / a.chunks);
+    head = kv_head * a.group + static_cast<int>(part % a.chunks) * kHeads;
     heads = min(kHeads, (kv_head + 1) * a.group - head);
   }
 };
 
-// The rows of q and k that a listed key stands for; the sequence is kNobody if one of them does not exist.
+// The rows of q and k that a listed key stands for; the sequence is kNobody if one of them does not exist. No branches, so that a thread
+// asks for several at once.
 struct Listed {
   int index;
   unsigned sequence;
 
-  __device__ __forceinline__ Listed(const Args& a, int64_t n) : index(-1), sequence(kNobody) {
-    if (n >= a.count) return;
-    index = __ldg(a.token_index + n);
-    const int found = __ldg(a.token_seq + n);
-    if (index >= 0 && index < a.tokens && found >= 0 && found < a.sequences) sequence = static_cast<unsigned>(found);
+  __device__ __forceinline__ Listed(const Args& a, int64_t n) {
+    const int64_t at = min(n, a.count - 1);
+    index = __ldg(a.token_index + at);
+    const int found = __ldg(a.token_seq + at);
+    const bool known = (n < a.count) & (index >= 0) & (index < a.tokens) & (found >= 0) & (found < a.sequences);
+    sequence = known ? static_cast<unsigned>(found) : kNobody;
   }
 };
 
@@ -69,8 +71,10 @@ __device__ __forceinline__ float lse_of(const Args& a, unsigned sequence, int he
   return a.lse != nullptr && wanted ? __ldg(a.lse + static_cast<int64_t>(sequence) * a.lse_stride + head) : 0.0f;
 }
 
+// Four blocks to a multiprocessor leave enough registers for all loads of 128 dimensions at once; left to itself the compiler takes
+// fewer, and waits for each run before it asks for the next.
 template <class T>
-__global__ void __launch_bounds__(kThreads) tensor_kernel(const T* q, const T* k, const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 4) tensor_kernel(const T* q, const T* k, const __grid_constant__ Args a) {
   constexpr int kRun = 32, kRuns = 4;  // elements of a run of four lanes; runs under way at a time
   const int lane = static_cast<int>(threadIdx.x) % 32, member = lane % 4 * 8, column = lane % 4 * 2;
   const Work work(a, kRows);
@@ -141,7 +145,7 @@ __device__ __forceinline__ void read(float (&to)[WIDTH], const T* from) {
 }
 
 template <class T, int WIDTH>
-__global__ void __launch_bounds__(kThreads) lanes_kernel(const T* q, const T* k, const __grid_constant__ Args a) {
+__global__ void __launch_bounds__(kThreads, 3) lanes_kernel(const T* q, const T* k, const __grid_constant__ Args a) {
   const int lane = static_cast<int>(threadIdx.x) % 32;
   const Work work(a, kKeys);
   if (work.first >= a.count) return;
@@ -168,18 +172,18 @@ __global__ void __launch_bounds__(kThreads) lanes_kernel(const T* q, const T* k,
 #pragma unroll
     for (int i = 0; i < kKeys; ++i)
       if (known[i]) read<T, WIDTH>(keys[i], key[i] + d);
+    float queries[kHeads][WIDTH] = {};
 #pragma unroll
-    for (int h = 0; h < kHeads; ++h) {
-      if (h >= work.heads) break;
-      float queries[WIDTH] = {};
+    for (int i = 0; i < kKeys; ++i) {
+      if (i == 0 || !together) {
 #pragma unroll
-      for (int i = 0; i < kKeys; ++i) {
-        if (i == 0 || !together) {
-          if (known[i]) read<T, WIDTH>(queries, query[i] + h * a.q_head_stride + d);
-        }
-#pragma unroll
-        for (int e = 0; e < WIDTH; ++e) sum[i * kHeads + h] = fmaf(keys[i][e], queries[e], sum[i * kHeads + h]);
+        for (int h = 0; h < kHeads; ++h)
+          if (known[i] && h < work.heads) read<T, WIDTH>(queries[h], query[i] + h * a.q_head_stride + d);
       }
+#pragma unroll
+      for (int h = 0; h < kHeads; ++h)
+#pragma unroll
+        for (int e = 0; e < WIDTH; ++e) sum[i * kHeads + h] = fmaf(keys[i][e], queries[h][e], sum[i * kHeads + h]);
     }
   }
   // Each exchange adds two lanes and halves the sums of both: lane l ends with the whole of sum l.
@@ -207,15 +211,15 @@ glimpse_status run(const glimpse_glimpse_scores_params& p, const glimpse_cuda_ca
     return fail(GLIMPSE_UNSUPPORTED, "glimpse_scores: q_heads, dim: expected at most %d, found %lld, %lld", 1 << 20,
                 static_cast<long long>(p.q_heads), static_cast<long long>(p.dim));
   const Args a{p.token_index, p.token_seq,     p.lse,      p.out,           p.sequences,  p.tokens,     p.count,
-               p.q_stride,    p.q_head_stride, p.k_stride, p.k_head_stride, p.lse_stride, p.out_stride, static_cast<int>(group),
-               static_cast<int>(parts), static_cast<int>(chunks), static_cast<int>(p.dim), p.scale};
+               p.q_stride,    p.q_head_stride, p.k_stride, p.k_head_stride, p.lse_stride, p.out_stride,
+               static_cast<unsigned>(parts), static_cast<unsigned>(chunks), static_cast<int>(group), static_cast<int>(p.dim), p.scale};
   constexpr int64_t kWide = 16 / sizeof(T);
   bool aligned = reinterpret_cast<uintptr_t>(p.q) % 16 == 0 && reinterpret_cast<uintptr_t>(p.k) % 16 == 0;
   for (const int64_t stride : {p.dim, p.q_stride, p.q_head_stride, p.k_stride, p.k_head_stride}) aligned = aligned && stride % kWide == 0;
   constexpr bool kTensor = sizeof(T) == 2;
   const int64_t keys = kTensor && aligned ? kRows : kKeys;
   const int64_t blocks = ceil_div<int64_t>(ceil_div(p.count, keys) * parts, kThreads / 32);
-  if (blocks > 0x7fffffff)
+  if (blocks > 0x3fffffff)  // four warps each, numbered in 32 bits
     return fail(GLIMPSE_UNSUPPORTED, "glimpse_scores: count: found %lld, too many for one launch", static_cast<long long>(p.count));
   Launch how;
   how.grid.x = static_cast<unsigned>(blocks);

@@ -39,12 +39,6 @@ inline unsigned cluster_for(int64_t wished, int64_t groups) {
   return blocks;
 }
 
-// Dynamic shared memory that a block may have, some kilobytes left to static variables.
-inline size_t most_shared() {
-  const int capability = chip().capability;
-  return static_cast<size_t>(capability >= 90 && capability < 120 ? 224 : capability == 80 ? 160 : 96) << 10;
-}
-
 // Four neighbours in one access.
 template <class T>
 struct alignas(4 * sizeof(T)) Four {

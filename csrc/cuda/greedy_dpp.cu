@@ -124,7 +124,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     const int owner = four % team_threads / threads;
     const int place = 4 * (four / team_threads * threads + four % threads) + pick % 4;
     const float* near = memory.near;
-    if constexpr (kCluster) near = cluster_shared(memory.near, static_cast<unsigned>(owner));
+    if constexpr (kCluster) {
+      if (layout.shared_rows > 0) near = cluster_shared(memory.near, static_cast<unsigned>(owner));
+    }
 
     best = 0;
     for (int column = begin, own = 4 * thread, f = 0; f < layout.fours; column += step, own += 4 * threads, ++f) {
@@ -189,7 +191,7 @@ Cut cut(const glimpse_greedy_dpp_params& p) {
   found.rows = smaller(found.longest, p.capacity);
   const int64_t groups = larger<int64_t>(1, p.groups);
   // As many blocks as make room in shared memory for the c of the average group.
-  const size_t most = most_shared() - sizeof(Exchange) - 2 * kChunk * sizeof(float);
+  const size_t most = most_shared(sizeof(Exchange) + sizeof(Chosen));
   const int64_t wanted = ceil_div(found.rows, groups) * ceil_div(p.tokens, groups) * static_cast<int64_t>(sizeof(float));
   found.blocks = cluster_for(ceil_div<int64_t>(wanted, static_cast<int64_t>(most)), groups);
   const int64_t fours = ceil_div<int64_t>(ceil_div<int64_t>(found.longest, 4), found.blocks);

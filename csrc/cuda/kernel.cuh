@@ -11,12 +11,15 @@
 //   wait_for_previous_grid()         in a kernel launched with `dependent`: before anything that an earlier launch wrote is read
 //   let_next_grid_start()            in the kernel before it, if it need not wait for the end of this one with starting
 //   cluster_rank(), cluster_size(), cluster_sync(), cluster_shared(pointer, rank)
+//   cluster_leave()                  a barrier of the cluster that orders no memory: before a block ends whose shared memory others have read
+//                                    and used
 //   copy_async_16(to shared, from global, live), copy_async_commit(), copy_async_wait<left>()
 //   load_matrices, transpose_matrix, pack_two, multiply_add_matrix   tensor cores, for bf16 and f16
 //   to_float(x), from_float<T>(x)    for float, bf16, f16
 //   load_16, store_16                16 bytes at once; both addresses aligned to 16
 //   load_16_streaming                the same for what is read once: the first to leave the caches
 //   chip()                           capability and multiprocessors of the current device, for launch code
+//   most_shared(fixed)               bytes of dynamic_shared() that a block can have there beside `fixed` bytes of SHARED variables
 //
 // and of CUDA itself: threadIdx, blockIdx, blockDim, gridDim, the *_sync warp functions, __syncthreads, __syncwarp, atomics on 32 and
 // 64 bits, the bit functions, uint4 and its kin, __ldg. No <<<>>>, no __shared__, no thread blocks that wait for each other.
@@ -31,9 +34,13 @@
 namespace glimpse::cuda {
 
 struct Chip {
-  int capability;       // ten times the major number plus the minor: 80, 90, 100
+  int capability;       // ten times the major number plus the minor: 80, 90, 100; that of the code that it runs, if this is for an older chip
   int multiprocessors;  // of the device
+  size_t shared;        // bytes of shared memory that a block can have, static and dynamic
 };
+
+// What a block has without asking for more, static and dynamic. `launch` asks from less dynamic memory on: the difference is for static variables.
+constexpr size_t kSharedUnasked = 48 << 10, kSharedAsk = 32 << 10;
 
 struct Size {
   unsigned x = 1, y = 1, z = 1;
@@ -46,6 +53,9 @@ struct Launch {
   unsigned cluster = 1;   // blocks of a cluster, along x; more than 1 needs capability 9.0
   bool dependent = false; // may start while the launch before it still runs; see wait_for_previous_grid
 };
+
+const Chip& chip();
+inline size_t most_shared(size_t fixed) { return chip().shared - fixed; }
 
 }  // namespace glimpse::cuda
 

@@ -88,6 +88,14 @@ __device__ __forceinline__ void cluster_sync() {
 #endif
 }
 
+// A barrier of all threads of the cluster and nothing else: it does not wait for what they wrote to arrive, as cluster_sync does. What they
+// read has arrived where it was used before.
+__device__ __forceinline__ void cluster_leave() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+#endif
+}
+
 // The shared variable of the same name in another block of the cluster, which must not have ended.
 template <class T>
 __device__ __forceinline__ T* cluster_shared(T* own, unsigned rank) {
@@ -153,16 +161,14 @@ __device__ __forceinline__ unsigned pack_two<f16>(float first, float second) {
 template <class T>
 __device__ __forceinline__ void multiply_add_matrix(float (&sum)[4], const unsigned (&a)[4], const unsigned (&b)[2]) {
   if constexpr (sizeof(T) == 2 && !is_f16<T>)
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
   else
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+                 : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
-
-const Chip& chip();
 
 inline glimpse_status device_failed(const char* op, cudaError_t error) {
   return fail(GLIMPSE_DEVICE, "%s: CUDA: %s", op, cudaGetErrorString(error));
@@ -190,8 +196,13 @@ glimpse_status launch(const char* op, const Launch& how, void (*kernel)(Params..
   config.attrs = attributes;
   config.numAttrs = count;
   cudaError_t error = cudaSuccess;
-  if (how.shared > 48 * 1024)
-    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(how.shared));
+  if (how.shared > kSharedAsk) {
+    // All there is, and not just what this launch takes: the limit is the kernel's, and another thread may be between its limit and its launch.
+    cudaFuncAttributes found;
+    error = cudaFuncGetAttributes(&found, kernel);
+    if (error == cudaSuccess)
+      error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(most_shared(found.sharedSizeBytes)));
+  }
   if (error == cudaSuccess && how.cluster > 8)
     error = cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, static_cast<Params>(args)...);

@@ -64,6 +64,7 @@ template <class T, int PATCH, int MERGE, int WIDTH>
 __global__ void __launch_bounds__(kThreads)
     patchify_kernel(T* out, const __grid_constant__ Shape<PATCH, MERGE, WIDTH> shape) {
   using Table = T[kChannels][256];
+  static_assert(kMostShared + sizeof(Table) <= 99 << 10, "what a block can have on every chip");
   SHARED(Table, table);
   unsigned char* const bytes = dynamic_shared();  // [merge * patch] runs
   const int thread = static_cast<int>(threadIdx.x);
@@ -127,7 +128,7 @@ glimpse_status run(const glimpse_patchify_params& p, const glimpse_cuda_call& ca
   if (tile > groups_x) tile = groups_x;
   if (tile < 1) tile = 1;
   const int64_t tiles_x = ceil_div(groups_x, tile), line = tile * side * kChannels;
-  if (tiles_x * groups_y > INT32_MAX) return fail(GLIMPSE_UNSUPPORTED, "patchify: image: too large");
+  if (tiles_x * groups_y > INT32_MAX || p.frames > INT32_MAX) return fail(GLIMPSE_UNSUPPORTED, "patchify: image: too large");
   const uint64_t begins = reinterpret_cast<uintptr_t>(p.image) | static_cast<uint64_t>(p.image_stride) | static_cast<uint64_t>(side);
   const Shape<PATCH, MERGE, WIDTH> shape{p.image,
                                          p.image_stride,

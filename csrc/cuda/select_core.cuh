@@ -225,26 +225,34 @@ __device__ __forceinline__ void select_group(const glimpse_select_tokens_params&
   if (thread == 0) p.counts[group] = forced != nullptr ? count : max(k, 0);
 }
 
+// Words of bits that place_rows takes at a time: four of each warp. The thread's own among them, -1 for most.
+template <int THREADS>
+constexpr int kPlaceTile = THREADS / 8;
+__device__ __forceinline__ int word_of_thread() {
+  return threadIdx.x % 32 < 4 ? static_cast<int>(threadIdx.x / 32 * 4 + threadIdx.x % 32) : -1;
+}
+
 template <int THREADS>
 struct PlaceShared {
   typename BlockScan<THREADS>::Storage scan;
-  uint32_t words[THREADS / 8];
-  int before[THREADS / 8];
+  uint32_t words[kPlaceTile<THREADS>];
+  int before[kPlaceTile<THREADS>];
 };
 
-// Writes what follows from `words`, the bits of the rows from 32 * first on; `base` rows before these stay. `last`: no rows come behind.
-// `bound`: of the sequence whose number is the thread's. A row that goes writes the -1 of its place behind the last that stays, counted from the end.
-template <int THREADS>
-__device__ __forceinline__ void place_rows(const glimpse_select_tokens_params& p, const uint32_t* words, int count, int first, int base,
-                                           bool last, int bound, PlaceShared<THREADS>& shared) {
-  constexpr int kWords = 4, kTile = THREADS / 32 * kWords;  // words of a warp and of the block at a time
+// Writes what follows from `count` words, the bits of the rows from 32 * first on; `base` rows before these stay. read(i): word i, asked
+// by the thread whose word it is. `last`: no rows come behind. `bound`: of the sequence whose number is the thread's.
+// A row that goes writes the -1 of its place behind the last that stays, counted from the end.
+template <int THREADS, class Word>
+__device__ __forceinline__ void place_rows(const glimpse_select_tokens_params& p, Word read, int count, int first, int base, bool last,
+                                           int bound, PlaceShared<THREADS>& shared) {
+  constexpr int kWords = 4, kTile = kPlaceTile<THREADS>;  // words of a warp and of the block at a time
   const int thread = static_cast<int>(threadIdx.x), lane = thread % 32, own = thread / 32 * kWords;
   const int rows = static_cast<int>(p.rows), sequences = static_cast<int>(p.sequences), capacity = static_cast<int>(p.capacity);
   int at = 0;
 #pragma unroll 1
   do {
     uint32_t word = 0;
-    if (lane < kWords && at + own + lane < count) word = words[at + own + lane];
+    if (word_of_thread() >= 0 && at + word_of_thread() < count) word = read(at + word_of_thread());
     int total;
     const int before = base + block_exclusive_scan<THREADS>(__popc(word), total, shared.scan);
     if (lane < kWords) {

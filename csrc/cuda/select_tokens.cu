@@ -86,9 +86,10 @@ __global__ void __launch_bounds__(THREADS) at_once_kernel(const __grid_constant_
     for (int w = thread; w < min(first, words); w += THREADS) base += __popc(*marks.at(w));
     base = block_sum<THREADS>(base, shared.place.scan);
   }
-  place_rows<THREADS>(p, shared.words, count, first, base, first + each >= words && (first < words || rank == 0), bound, shared.place);
+  const bool last = first + each >= words && (first < words || rank == 0);
+  place_rows<THREADS>(p, [&](int w) { return shared.words[w]; }, count, first, base, last, bound, shared.place);
   fill_rest<THREADS>(p, rank, blocks);
-  if constexpr (!ALONE) marks.meet();  // others may still read this block's bits
+  if constexpr (!ALONE) cluster_leave();  // others may still read this block's bits
 }
 
 struct GlobalMarks {
@@ -129,6 +130,9 @@ __global__ void __launch_bounds__(kLarge) place_kernel(const __grid_constant__ P
   const int bound = thread <= p.sequences ? __ldg(p.cu_seqlens + thread) : 0;
   fill_rest<kLarge>(p, stripe, static_cast<int>(gridDim.x));
   wait_for_previous_grid();
+  static_assert(kStripe == kPlaceTile<kLarge>, "a stripe is one tile");
+  const int count = min(max(words - first, 0), kStripe), own = word_of_thread();
+  const uint32_t word = own >= 0 && own < count ? __ldcg(bits + first + own) : 0u;
   int base = 0;
   if (counts != nullptr) {
     for (int i = thread; i < stripe; i += kLarge) base += __ldcg(counts + i);
@@ -140,8 +144,7 @@ __global__ void __launch_bounds__(kLarge) place_kernel(const __grid_constant__ P
     }
   }
   base = block_sum<kLarge>(base, shared.scan);
-  const int count = min(max(words - first, 0), kStripe);
-  place_rows<kLarge>(p, bits + first, count, first, base, stripe + 1 == static_cast<int>(gridDim.x), bound, shared);
+  place_rows<kLarge>(p, [&](int) { return word; }, count, first, base, stripe + 1 == static_cast<int>(gridDim.x), bound, shared);
 }
 
 struct Plan {

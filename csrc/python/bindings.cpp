@@ -14,6 +14,19 @@ namespace glimpse::python {
 #include "glimpse_ops.inc"
 #undef X
 void bind_recording(py::module_& m);
+#ifdef GLIMPSE_WITH_CUDA
+#define X(op) void bind_cuda_##op(py::module_& m);
+#include "glimpse_cuda_ops.inc"
+#undef X
+
+// One function per op, as for the CPU, with stream, workspace and its bytes before the other arguments.
+void bind_cuda(py::module_& m) {
+#define X(op) bind_cuda_##op(m);
+#include "glimpse_cuda_ops.inc"
+#undef X
+  m.def("missing", &glimpse_cuda_missing, "Why nothing runs on the current device; None if it does.");
+}
+#endif
 
 namespace {
 
@@ -63,6 +76,11 @@ PYBIND11_MODULE(_C, m) {
 #include "glimpse_ops.inc"
 #undef X
   bind_recording(m);
+  m.attr("cuda_build") = GLIMPSE_CUDA_BUILD;
+#ifdef GLIMPSE_WITH_CUDA
+  py::module_ cuda = m.def_submodule("cuda", "CUDA kernels, launched on a stream.");
+  bind_cuda(cuda);
+#endif
   const char* wanted = std::getenv("GLIMPSE_CPU_ISA");
   if (wanted != nullptr) {
     try {

@@ -1,31 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who computes `attention` on a GPU when nobody forced a backend: our kernel, torch's or flash-attn's, as measured there.
 
-``measured.json`` holds, by the name of a GPU and the kind of call, the seconds that each provider took; it is written by
-``python -m bench.attention_choice``, which holds each against the definition first. On a GPU that is in it the fastest provider
-serves that serves the call at all; for kinds of calls that were not measured, our kernel if it has passed its tests on a GPU
-(`glimpse_kernels.proof`), else a library that was measured on other kinds. On any other GPU `dispatch` chooses as for every op.
+On a GPU of the record (`glimpse_kernels.measured`) the fastest provider serves that serves the call at all; for kinds of calls
+that were not measured, our kernel if it has passed its tests on a GPU (`glimpse_kernels.proof`), else a library that was
+measured on other kinds. On any other GPU `dispatch` chooses as for every op.
 
 The choice depends on shapes alone, never on a length on the device.
 """
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import import_module
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from glimpse_kernels import dispatch, proof
-
-RECORD = Path(__file__).with_name("measured.json")
+from glimpse_kernels import dispatch, measured, proof
 
 OURS = "triton"
 OTHERS = ("torch_flash", "flash_attn")
@@ -56,36 +50,11 @@ class Call:
 
     def key(self) -> str:
         """The kind of call that measurements are kept by; lengths are the nearest powers of two of the averages."""
-        name = str(self.dtype).removeprefix("torch.")
+        name = measured.dtype_name(self.dtype)
         mask = "positions" if self.positions else "causal" if self.causal else "full"
         shared = "grouped" if self.heads != self.kv_heads else "each"
-        lengths = "x".join(str(bucket(n / max(self.segments, 1))) for n in (self.queries, self.keys))
+        lengths = "x".join(str(measured.bucket(n / max(self.segments, 1))) for n in (self.queries, self.keys))
         return f"{name} {mask} {self.dim}/{self.v_dim} {shared} {lengths}"
-
-
-def bucket(length: float) -> int:
-    """The nearest power of two by ratio, at least 1: 90 is 64, 91 is 128."""
-    return 1 << max(0, round(math.log2(max(length, 1.0))))
-
-
-@lru_cache(maxsize=1)
-def record() -> Mapping[str, Mapping[str, Mapping[str, float]]]:
-    """device -> kind of call -> provider -> seconds."""
-    rows = json.loads(RECORD.read_text(encoding="utf-8"))
-    return {device: {row["case"]: row["seconds"] for row in cases} for device, cases in rows.items()}
-
-
-def write(found: Mapping[str, Mapping[str, Mapping[str, float]]]) -> None:
-    """Replace the record."""
-    rows = {
-        device: [
-            {"case": case, "seconds": dict(sorted(times.items()))} for case, times in sorted(cases.items())
-        ]
-        for device, cases in sorted(found.items())
-    }
-    RECORD.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    record.cache_clear()
-    choose.cache_clear()
 
 
 def against(provider: str, call: Call) -> str:
@@ -96,21 +65,16 @@ def against(provider: str, call: Call) -> str:
 @lru_cache(maxsize=4096)
 def choose(call: Call, device: str) -> str:
     """`OURS` or one of `OTHERS`, for a GPU of this name."""
-    cases, ours = record().get(device, {}), proof.proven("attention", OURS)
+    cases, ours = measured.of(device, "attention"), proof.proven("attention", OURS)
     times = cases.get(call.key(), {})
     for provider in sorted(times, key=lambda name: times[name]):
         if (provider == OURS and ours) or (provider in OTHERS and not against(provider, call)):
             return provider
     if not ours:
         for provider in OTHERS:
-            if any(provider in measured for measured in cases.values()) and not against(provider, call):
+            if any(provider in others for others in cases.values()) and not against(provider, call):
                 return provider
     return OURS
-
-
-@lru_cache(maxsize=64)
-def _name(index: int | None) -> str:
-    return torch.cuda.get_device_name(index)
 
 
 def _aligned(t: Tensor) -> bool:
@@ -146,5 +110,5 @@ def provider(
         aligned=_aligned(q) and _aligned(k) and _aligned(v),
         rising=scale is None or scale > 0,
     )
-    chosen = choose(call, _name(q.device.index))
+    chosen = choose(call, measured.gpu(q.device.index))
     return None if chosen == OURS else import_module(f"glimpse_kernels.attention.{chosen}").attention

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -80,8 +81,15 @@ def compact(
     check.expect_same_device(op, index.device, slots=slots)
     dtype = k_src.dtype if k_src is not None else rows[0][0].dtype if rows else torch.int32
     grad = check.needs_grad(k_src, v_src, *(src for src, _ in rows))
-    serve = dispatch.select(op, index.device, dtype, grad=grad)
+    size = (m, _entry_bytes(k_src, v_src, rows)) if index.is_cuda else ()
+    serve = dispatch.select(op, index.device, dtype, grad=grad, size=size)
     serve(index, slots, k_src, v_src, k_dst, v_dst, rows)
+
+
+def _entry_bytes(k: Tensor | None, v: Tensor | None, rows: Sequence[tuple[Tensor, Tensor]]) -> int:
+    """What one entry of the index moves, in all layers."""
+    planes = sum(t.shape[0] * t.shape[2] * t.shape[3] * t.element_size() for t in (k, v) if t is not None)
+    return planes + sum(math.prod(src.shape[1:]) * src.element_size() for src, _ in rows)
 
 
 def _span(t: Tensor) -> tuple[int, int]:

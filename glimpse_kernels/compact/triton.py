@@ -10,9 +10,8 @@ program of dead ones only reads its part of the index.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import product
 
 import torch
 import triton
@@ -20,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from glimpse_kernels._triton import Configs, Launch, chip, power_of_2
+from glimpse_kernels.compact.copies import Copy, copies
 
 MAX_COPIES = 16
 """Copies in one launch, keys and values counted; more pairs take further launches."""
@@ -144,21 +144,6 @@ def compact_kernel(
                 block += 1
 
 
-@dataclass(frozen=True)
-class _Copy:
-    """dst[o, to] = src[o, row] for all planes o. Sizes and strides in bytes."""
-
-    src: Tensor
-    dst: Tensor
-    to_slots: bool
-    outer: int
-    outer_src: int
-    outer_dst: int
-    row_src: int
-    row_dst: int
-    inner: int
-
-
 def compact(
     index: Tensor,
     slots: Tensor | None,
@@ -170,43 +155,13 @@ def compact(
 ) -> None:
     """See `glimpse_kernels.compact`; arguments are checked there. Indices and slots are not checked, but for being negative: that
     would make the host wait."""
-    copies = []
-    for src, dst in ((k_src, k_dst), (v_src, v_dst)):
-        if src is not None and dst is not None and src.numel() and dst.numel():
-            size, inner = src.element_size(), src.shape[2] * src.shape[3]
-            (outer_src, row_src, *_), (outer_dst, row_dst, *_) = src.stride(), dst.stride()
-            copies.append(
-                _Copy(
-                    src, dst, True, src.shape[0], outer_src * size, outer_dst * size, row_src * size,
-                    row_dst * size, inner * size,
-                )
-            )  # fmt: skip
-    for src, dst in rows:
-        if src.numel() and dst.numel():
-            copies.extend(_row_copies(src, dst))
+    moved = [
+        copy for copy in copies(k_src, v_src, k_dst, v_dst, rows) if copy.src.numel() and copy.dst.numel()
+    ]
     if not index.shape[0]:
         return
-    for begin in range(0, len(copies), MAX_COPIES):
-        _launch(index, slots, copies[begin : begin + MAX_COPIES])
-
-
-def _row_copies(src: Tensor, dst: Tensor) -> Iterator[_Copy]:
-    """One copy for rows that are contiguous, or contiguous but for one dimension (positions kept as [3, T]); else several."""
-    size = src.element_size()
-    shape, from_strides, to_strides = src.shape, src.stride(), dst.stride()
-    piece, dim = 1, len(shape)
-    while dim > 1 and (shape[dim - 1] == 1 or from_strides[dim - 1] == to_strides[dim - 1] == piece):
-        dim -= 1
-        piece *= shape[dim]
-    planes = (1, 0, 0)
-    if dim > 1:
-        dim -= 1
-        planes = (shape[dim], from_strides[dim] * size, to_strides[dim] * size)
-    for where in product(*(range(n) for n in shape[1:dim])):
-        at: tuple[slice | int, ...] = (slice(None), *where)
-        yield _Copy(
-            src[at], dst[at], False, *planes, from_strides[0] * size, to_strides[0] * size, piece * size
-        )
+    for begin in range(0, len(moved), MAX_COPIES):
+        _launch(index, slots, moved[begin : begin + MAX_COPIES])
 
 
 def _known(t: Tensor) -> Tensor:
@@ -216,22 +171,27 @@ def _known(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t.view(_INTS[t.element_size()])
 
 
-def _launch(index: Tensor, slots: Tensor | None, copies: Sequence[_Copy]) -> None:
+def _launch(index: Tensor, slots: Tensor | None, given: Sequence[Copy]) -> None:
     found = chip(index.device)
     config = CONFIGS.pick(found.capability, "any")
     count = index.shape[0]
     sources, destinations, sizes, kinds = [], [], [], []
     task = 0
-    for c in copies:
-        strides = (c.outer_src if c.outer > 1 else 0, c.outer_dst if c.outer > 1 else 0, c.row_src, c.row_dst)
-        unit = math.gcd(16, c.src.data_ptr(), c.dst.data_ptr(), c.inner, *strides)
+    for c in given:
+        strides = (
+            c.src_plane_stride if c.planes > 1 else 0,
+            c.dst_plane_stride if c.planes > 1 else 0,
+            c.src_row_stride,
+            c.dst_row_stride,
+        )
+        unit = math.gcd(16, c.src.data_ptr(), c.dst.data_ptr(), c.row_bytes, *strides)
         element = _ELEMENTS[unit]
         elements = 2 if unit == 16 else 1
-        columns = min(power_of_2(c.inner // unit), config.columns // unit) * elements
-        first, task = task, task + c.outer * triton.cdiv(c.inner // unit * elements, columns)
+        columns = min(power_of_2(c.row_bytes // unit), config.columns // unit) * elements
+        first, task = task, task + c.planes * triton.cdiv(c.row_bytes // unit * elements, columns)
         sources.append(_known(c.src))
         destinations.append(_known(c.dst))
-        sizes.append((first, task, *(s // unit for s in strides), c.inner // unit))
+        sizes.append((first, task, *(s // unit for s in strides), c.row_bytes // unit))
         kinds.append((element, elements, columns, c.to_slots))
     # Not more programs than keep the chip busy, but never more than BLOCKS blocks each.
     blocks = triton.cdiv(count, config.rows)

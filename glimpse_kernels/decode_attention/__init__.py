@@ -24,11 +24,11 @@ def decode_attention(
 ) -> Tensor:
     """softmax(scale * q k^T) v of one new token per sequence, keys and values in a paged pool.
 
-    The compiled kernel splits the keys of a row over threads and joins the parts by their log-sum-exp
-    (Flash-Decoding; Dao et al. 2023), in a fixed order: the result does not depend on the number of threads.
+    The kernels cut the keys of a row into parts and join these by their log-sum-exp (Flash-Decoding; Dao et al. 2023) in
+    a fixed order. In C++ and CUDA a row has the same bits in every batch, on the CPU with every number of threads.
 
     q: [B, Hq, D]. k_pool: [num_blocks, block_size, Hkv, D], v_pool: [num_blocks, block_size, Hkv, Dv]; last dimension
-        contiguous, other strides free. One dtype (float32, bfloat16; the definition takes float16 too).
+        contiguous, other strides free. One dtype: float32, bfloat16 or (not in C++ on the CPU) float16.
     block_table: [B, max_blocks] int32; key j of row b lies in block_table[b, j // block_size], slot j % block_size.
         Entries past the row's last block are never read.
     lengths: [B] int32, keys of each row (at most max_blocks * block_size). 0: inactive row, output 0, no memory read.
@@ -62,6 +62,8 @@ def decode_attention(
     check.expect_same_device(
         op, q.device, k_pool=k_pool, v_pool=v_pool, block_table=block_table, lengths=lengths, out=out
     )
-    serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k_pool, v_pool))
+    # Rows of the grid and the most keys of one: lengths lie on the device.
+    size = (q.shape[0] * k_pool.shape[2], block_table.shape[1] * k_pool.shape[1]) if q.is_cuda else ()
+    serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k_pool, v_pool), size=size)
     result: Tensor = serve(q, k_pool, v_pool, block_table, lengths, scale=scale, out=out)
     return result

@@ -28,7 +28,7 @@ def glimpse_scores(
     matrix they are a slice of is never formed.
 
     q: [B, Hq, D], the glimpse row of each sequence, rotary position applied. k: [T, Hkv, D], rotated too. One dtype
-        (float32, bfloat16; the definition takes float16 too), last dimension contiguous.
+        (float32, bfloat16; float16 everywhere but in C++ on the CPU), last dimension contiguous.
     token_index: [N] int32 rows of k. token_seq: [N] int32, the row of q each of them is scored against.
     scale: factor of the logits, D**-0.5 if None.
     lse: [B, Hq] float32, the row's log-sum-exp: if given it is subtracted (log of the softmax over all visible keys).
@@ -60,6 +60,7 @@ def glimpse_scores(
     check.expect_same_device(
         op, q.device, k=k, token_index=token_index, token_seq=token_seq, lse=lse, out=out
     )
-    serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k, lse))
+    size = (token_index.shape[0], k.shape[1] * k.shape[2]) if q.is_cuda else ()
+    serve = dispatch.select(op, q.device, q.dtype, grad=check.needs_grad(q, k, lse), size=size)
     result: Tensor = serve(q, k, token_index, token_seq, scale=scale, lse=lse, out=out)
     return result

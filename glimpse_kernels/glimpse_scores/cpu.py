@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from glimpse_kernels._ext import extension
-from glimpse_kernels._tensors import DTYPE_CODES
+from glimpse_kernels.glimpse_scores.arguments import arguments
 
 
 def glimpse_scores(
@@ -21,31 +21,7 @@ def glimpse_scores(
     out: Tensor | None = None,
 ) -> Tensor:
     """See `glimpse_kernels.glimpse_scores`; arguments are checked there."""
-    sequences, q_heads, dim = q.shape
-    tokens, kv_heads, _ = k.shape
-    count = token_index.shape[0]
     if out is None:
-        out = torch.empty(count, q_heads, dtype=torch.float32)
-    extension().glimpse_scores(
-        q.data_ptr(),
-        k.data_ptr(),
-        token_index.data_ptr(),
-        token_seq.data_ptr(),
-        0 if lse is None else lse.data_ptr(),
-        out.data_ptr(),
-        sequences,
-        tokens,
-        count,
-        q_heads,
-        kv_heads,
-        dim,
-        q.stride(0),
-        q.stride(1),
-        k.stride(0),
-        k.stride(1),
-        0 if lse is None else lse.stride(0),
-        out.stride(0),
-        dim**-0.5 if scale is None else scale,
-        DTYPE_CODES[q.dtype],
-    )
+        out = torch.empty(token_index.shape[0], q.shape[1], dtype=torch.float32)
+    extension().glimpse_scores(*arguments(q, k, token_index, token_seq, scale, lse, out))
     return out

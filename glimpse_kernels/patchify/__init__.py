@@ -85,7 +85,11 @@ def patchify(
         check.expect_dtype(_OP, "out", out, *(dispatch.FLOATS if dtype is None else (dtype,)))
         check.expect_contiguous(_OP, "out", out)
         check.expect_same_device(_OP, image.device, out=out)
-    serve = dispatch.select(_OP, image.device, image.dtype)
+    pixels: tuple[int, ...] = ()
+    if image.is_cuda:
+        given = (image.shape[0], image.shape[1])  # with a resize it is a call of another sort
+        pixels = (*(() if given == (height, width) else (given[0] * given[1],)), height * width)
+    serve = dispatch.select(_OP, image.device, image.dtype, size=pixels)
     return serve(
         image,
         mean=mean,

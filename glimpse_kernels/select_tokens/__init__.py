@@ -84,7 +84,7 @@ def select_tokens(
         row_keep=row_keep,
         cu_seqlens=cu_seqlens,
     )
-    serve = dispatch.select(op, logits.device, logits.dtype)
+    serve = dispatch.select(op, logits.device, logits.dtype, size=(groups, n) if logits.is_cuda else ())
     return serve(
         logits,
         cu_groups,

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from glimpse_kernels._ext import extension
+from glimpse_kernels.select_tokens.arguments import arguments
 from glimpse_kernels.select_tokens.selection import Selection
 
 
@@ -24,29 +25,12 @@ def select_tokens(
     capacity: int,
 ) -> Selection:
     """See `glimpse_kernels.select_tokens`; arguments are checked there."""
-    tokens, groups = logits.shape[0], cu_groups.shape[0] - 1
-    keep = torch.empty(tokens, dtype=torch.bool)
-    counts = torch.empty(groups, dtype=torch.int32)
+    keep = torch.empty(logits.shape[0], dtype=torch.bool)
+    counts = torch.empty(cu_groups.shape[0] - 1, dtype=torch.int32)
     index = torch.empty(capacity, dtype=torch.int32)
     cu_out = torch.empty(cu_seqlens.shape[0], dtype=torch.int32)
+    into = Selection(keep=keep, counts=counts, index=index, cu_seqlens=cu_out)
     extension().select_tokens(
-        logits.data_ptr(),
-        cu_groups.data_ptr(),
-        caps.data_ptr(),
-        floors.data_ptr(),
-        0 if forced is None else forced.data_ptr(),
-        token_rows.data_ptr(),
-        row_keep.data_ptr(),
-        cu_seqlens.data_ptr(),
-        keep.data_ptr(),
-        counts.data_ptr(),
-        index.data_ptr(),
-        cu_out.data_ptr(),
-        tokens,
-        groups,
-        row_keep.shape[0],
-        cu_seqlens.shape[0] - 1,
-        capacity,
-        threshold,
+        *arguments(logits, cu_groups, threshold, caps, floors, forced, token_rows, row_keep, cu_seqlens, into)
     )
-    return Selection(keep=keep, counts=counts, index=index, cu_seqlens=cu_out)
+    return into

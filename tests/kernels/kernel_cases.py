@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from glimpse_kernels import _ext, _triton, dispatch
+from glimpse_kernels import _cuda, _ext, _triton, dispatch
 from tests.stand_in import stand_in_gpu
 
 with torch.device("cpu"):
@@ -92,8 +92,11 @@ class Case:
 
     @property
     def interpreted(self) -> bool:
-        """Runs in Triton's interpreter: right, but as slow as NumPy. Keep shapes small (a few heads, lengths up to 300)."""
-        return self.backend == "triton" and _triton.interpreting()
+        """A GPU kernel on the host, in Triton's interpreter or the emulation of CUDA: right, but as slow as NumPy. Keep shapes
+        small (a few heads, lengths up to 300)."""
+        return (self.backend == "triton" and _triton.interpreting()) or (
+            self.backend == "cuda" and _cuda.emulating()
+        )
 
     def __str__(self) -> str:
         dtype = "any" if self.dtype is None else str(self.dtype).removeprefix("torch.")
@@ -104,6 +107,9 @@ class Case:
         with ExitStack() as stack:
             if self.interpreted:
                 stack.enter_context(stand_in_gpu())
+            if self.backend == "cuda" and self.interpreted:
+                # Each launch another order of threads, the same ones in every run of a test.
+                _cuda.module().set_order(-1)
             if self.isa is not None:
                 stack.enter_context(forced_isa(self.isa))
             stack.enter_context(torch.device(self.device))
@@ -113,10 +119,17 @@ class Case:
             yield
 
 
+def cuda_missing() -> str:
+    """Why no CUDA C++ kernel runs here, neither on a GPU (of which torch has to know) nor emulated; empty where they do."""
+    here = _cuda.emulating() or torch.cuda.is_available()
+    return _cuda.missing() or ("" if here else "no GPU that torch knows, and the emulation is off")
+
+
 def op_cases(op: str) -> list[object]:
     """pytest parameters for the `kernel` fixture: all backends, instruction sets and dtypes that this machine can run.
 
-    Triton kernels run on the GPU if there is one, else in the interpreter on a stand-in for it; cases on a GPU carry the mark `gpu`.
+    GPU kernels run on the GPU if there is one, else on the host, in Triton's interpreter or the emulation of CUDA, on a
+    stand-in for it; cases on a GPU carry the mark `gpu`.
     """
     params: list[object] = []
     for row in dispatch.support_table():
@@ -136,7 +149,13 @@ def op_cases(op: str) -> list[object]:
                 )
             )
             continue
-        on_gpu = row.device == "cuda" and not _triton.interpreting()
+        if row.backend == "cuda" and (reason := cuda_missing()):
+            params.append(
+                pytest.param(Case(op, "cuda", None, None), id="cuda", marks=pytest.mark.skip(reason=reason))
+            )
+            continue
+        on_host = _cuda.emulating() if row.backend == "cuda" else _triton.interpreting()
+        on_gpu = row.device == "cuda" and not on_host
         for isa in isas_here() if row.backend == "cpu" else [None]:
             for dtype in row.dtypes or (None,):
                 case = Case(op, row.backend, isa, dtype, "cuda" if row.device == "cuda" else "cpu")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import resource
 import sys
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import pytest
@@ -17,14 +18,18 @@ import torch
 from torch import Tensor
 
 import glimpse_kernels as kernels
-from glimpse_kernels import _triton
+from glimpse_kernels import _cuda, _triton
 from glimpse_kernels.attention.naive import attention as naive_attention
 from glimpse_kernels.compact.naive import compact as naive_compact
 from glimpse_kernels.decode_attention.naive import decode_attention as naive_decode
+from glimpse_kernels.drop_duplicates.naive import drop_duplicates as naive_duplicates
+from glimpse_kernels.farthest_points.naive import farthest_points as naive_farthest
 from glimpse_kernels.glimpse_scores.naive import glimpse_scores as naive_scores
+from glimpse_kernels.greedy_dpp.naive import greedy_dpp as naive_dpp
 from glimpse_kernels.last_row_attention.naive import last_row_attention as naive_last_row
 from glimpse_kernels.linear.naive import gated_linear as naive_gated
 from glimpse_kernels.linear.naive import linear as naive_linear
+from glimpse_kernels.patchify.naive import patchify as naive_patchify
 from glimpse_kernels.received_attention.naive import received_attention as naive_received
 from glimpse_kernels.rms_norm.naive import rms_norm as naive_rms_norm
 from glimpse_kernels.rope.naive import rope as naive_rope
@@ -60,10 +65,23 @@ def close(found: Tensor, wanted: Tensor) -> None:
 
 
 def paths(kernel: Case) -> list[AbstractContextManager[None]]:
-    """To be entered one after the other: interpreted, a kernel shows both ways in which it reads its tiles."""
+    """To be entered one after the other: interpreted, a kernel shows both ways in which it reads its tiles, emulated those with
+    clusters and without."""
     if not kernel.interpreted:
         return [nullcontext()]
+    if kernel.backend == "cuda":
+        return [told(80, 108), told(90, 132), told(90, 3)]
     return [_triton.force_chip(_triton.Chip(capability, 3)) for capability in (80, _triton.HOPPER)]
+
+
+@contextmanager
+def told(capability: int, multiprocessors: int) -> Iterator[None]:
+    """The chip that launch code of CUDA kernels sees while they are emulated."""
+    _cuda.module().set_chip(capability, multiprocessors)
+    try:
+        yield
+    finally:
+        _cuda.module().set_chip(90, 3)
 
 
 def real(kernel: Case, *shape: int) -> Tensor:
@@ -156,6 +174,21 @@ def test_decode_attention(kernel: Case, dim: int, hq: int, hkv: int) -> None:
 
 
 @pytest.mark.parametrize("kernel", op_cases("decode_attention"), indirect=True)
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "heads"])
+def test_decode_attention_of_far_queries(kernel: Case, dim: int) -> None:
+    """Queries, the block table and the result."""
+    q, k, v = real(kernel, ROWS, ROWS, 64), real(kernel, ROWS, 16, 3, 64), real(kernel, ROWS, 16, 3, 64)
+    table = torch.randperm(ROWS, device="cpu").int().to(kernel.device).repeat(ROWS, 1)
+    lengths = torch.tensor([75, 0, 17, 1, 96, 16], dtype=torch.int32)
+    wanted = naive_decode(q, k, v, table, lengths)
+    for path in paths(kernel) if kernel.backend == "cuda" else [nullcontext()]:
+        with path:
+            out = far(torch.zeros_like(q), dim)
+            kernels.decode_attention(far(q, dim), k, v, far(table), lengths, out=out)
+            close(out, wanted)
+
+
+@pytest.mark.parametrize("kernel", op_cases("decode_attention"), indirect=True)
 def test_decode_attention_from_the_end_of_a_large_pool(kernel: Case) -> None:
     """The numbers of the blocks are large, not the strides."""
     blocks = 2**21
@@ -179,6 +212,17 @@ def test_glimpse_scores(kernel: Case, dim: int, hq: int, hkv: int) -> None:
     index = torch.tensor([5, 0, 4, 2], dtype=torch.int32)
     seq = torch.tensor([0, 1, 1, 0], dtype=torch.int32)
     close(kernels.glimpse_scores(q, far(k, dim), index, seq), naive_scores(q, k, index, seq))
+
+
+@pytest.mark.parametrize("kernel", op_cases("glimpse_scores"), indirect=True)
+@pytest.mark.parametrize("dim", [0, 1], ids=["rows", "heads"])
+def test_glimpse_scores_of_far_queries(kernel: Case, dim: int) -> None:
+    q, k, lse = real(kernel, ROWS, ROWS, 64), real(kernel, ROWS, 3, 64), torch.randn(ROWS, ROWS)
+    index = torch.tensor([5, 0, 4, 2, 1, 3], dtype=torch.int32)
+    seq = torch.tensor([0, 1, 5, 3, 2, 4], dtype=torch.int32)
+    out = far(torch.zeros(ROWS, ROWS))
+    kernels.glimpse_scores(far(q, dim), k, index, seq, lse=far(lse), out=out)
+    close(out, naive_scores(q, k, index, seq, lse=lse))
 
 
 @pytest.mark.parametrize("kernel", op_cases("last_row_attention"), indirect=True)
@@ -229,6 +273,132 @@ def test_compact_to_the_end_of_a_large_pool(kernel: Case) -> None:
     pool = sparse_tensor((1, count, 2, 64), None, k.dtype)
     kernels.compact(index, slots, k, None, pool, None)
     assert torch.equal(pool[:, slots.long()], k[:, index.long()])
+
+
+@pytest.mark.parametrize("kernel", op_cases("patchify"), indirect=True)
+@pytest.mark.parametrize("patch", [14, 3])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_patchify(kernel: Case, groups: int, patch: int) -> None:
+    """A picture whose rows lie far apart: the last ones of its only group, or its second group, are past 2^31."""
+    image = torch.randint(0, 256, (2 * patch * groups, 2 * patch, 3), dtype=torch.uint8)
+    wanted: dict[str, Any] = {"mean": (0.5, 0.25, 0.125), "std": (0.5, 1.0, 2.0), "patch_size": patch}
+    assert torch.equal(kernels.patchify(far(image), **wanted), naive_patchify(image, **wanted))
+
+
+LONG = 46400
+"""Tokens of a group whose matrix has more than 2^31 entries."""
+
+
+def groups(*lengths: int) -> Tensor:
+    return cu_seqlens(lengths).to(torch.get_default_device())
+
+
+def behind_a_long_group(near: Tensor) -> Tensor:
+    """The matrix of a group of LONG tokens, too long for any picks, and this one behind it."""
+    similarity = sparse_tensor((LONG * LONG + near.numel(),), None, near.dtype)
+    similarity[LONG * LONG :] = near.flatten()
+    return similarity
+
+
+def within_a_long_group(near: Tensor) -> tuple[Tensor, Tensor]:
+    """The matrix of a group of LONG tokens, 0 but for some of the first and last ones; these tokens."""
+    at = torch.tensor([3, *range(LONG + 1 - near.shape[0], LONG)])
+    similarity = sparse_tensor((LONG, LONG), None, near.dtype)
+    similarity[at[:, None], at] = near
+    return similarity.view(-1), at
+
+
+def not_of_the_definition(op: str) -> list[Any]:
+    """It would make a matrix of all tokens."""
+    return [param for param in op_cases(op) if param.values[0].backend != "naive"]  # type: ignore[attr-defined]
+
+
+def positive_definite() -> Tensor:
+    features = torch.randn(ROWS, ROWS)
+    return features @ features.T
+
+
+@pytest.mark.parametrize("kernel", op_cases("farthest_points"), indirect=True)
+def test_farthest_points(kernel: Case) -> None:
+    near = real(kernel, ROWS, ROWS)
+    picks, keep = kernels.farthest_points(
+        behind_a_long_group(near),
+        groups(LONG, ROWS),
+        groups(0, 4),
+        tokens=LONG + ROWS,
+        capacity=4,
+        max_seqlen=ROWS,
+    )
+    wanted, wanted_keep = naive_farthest(
+        near.flatten(), groups(ROWS), groups(4), tokens=ROWS, capacity=4, repeat=True, max_seqlen=None
+    )
+    assert torch.equal(picks, wanted + LONG)
+    assert torch.equal(keep[LONG:], wanted_keep) and not keep[:LONG].any()
+
+
+@pytest.mark.parametrize("kernel", op_cases("greedy_dpp"), indirect=True)
+def test_greedy_dpp(kernel: Case) -> None:
+    near, relevance = positive_definite(), torch.ones(LONG + ROWS)
+    picks, keep = kernels.greedy_dpp(
+        behind_a_long_group(near), relevance, groups(LONG, ROWS), groups(0, 4), capacity=4, max_seqlen=ROWS
+    )
+    wanted, wanted_keep = naive_dpp(
+        near.flatten(), relevance[:ROWS], groups(ROWS), groups(4), capacity=4, eps=1e-5, max_seqlen=None
+    )
+    assert torch.equal(picks, wanted + LONG)
+    assert torch.equal(keep[LONG:], wanted_keep) and not keep[:LONG].any()
+
+
+@pytest.mark.parametrize("kernel", not_of_the_definition("greedy_dpp"), indirect=True)
+def test_greedy_dpp_in_a_long_group(kernel: Case) -> None:
+    near = positive_definite()
+    similarity, at = within_a_long_group(near)
+    relevance = torch.zeros(LONG)
+    relevance[at] = 1.0
+    wanted, _ = naive_dpp(
+        near.flatten(), relevance[at], groups(ROWS), groups(ROWS), capacity=ROWS, eps=1e-5, max_seqlen=None
+    )
+    for path in paths(kernel):
+        with path:
+            picks, _ = kernels.greedy_dpp(similarity, relevance, groups(LONG), groups(ROWS), capacity=16)
+            assert torch.equal(picks[:ROWS].long(), at[wanted.long()]) and (picks[ROWS:] == -1).all()
+
+
+@pytest.mark.parametrize("kernel", op_cases("drop_duplicates"), indirect=True)
+def test_drop_duplicates(kernel: Case) -> None:
+    near, order = real(kernel, ROWS, ROWS), torch.tensor([5, 0, 3, 1, 4, 2], dtype=torch.int32)
+    survivors, keep = kernels.drop_duplicates(
+        behind_a_long_group(near), groups(LONG, ROWS), order + LONG, groups(0, ROWS),
+        torch.tensor([0, 3], dtype=torch.int32), tokens=LONG + ROWS, per_round=1, max_seqlen=ROWS,
+    )  # fmt: skip
+    wanted, wanted_keep = naive_duplicates(
+        near.flatten(), groups(ROWS), order, groups(ROWS), torch.tensor([3], dtype=torch.int32),
+        tokens=ROWS, per_round=1, max_seqlen=None,
+    )  # fmt: skip
+    assert torch.equal(survivors, torch.where(wanted < 0, -1, wanted + LONG))
+    assert torch.equal(keep[LONG:], wanted_keep) and not keep[:LONG].any()
+
+
+@pytest.mark.parametrize("kernel", not_of_the_definition("drop_duplicates"), indirect=True)
+def test_drop_duplicates_in_a_long_group(kernel: Case) -> None:
+    near, order = real(kernel, ROWS, ROWS), torch.tensor([5, 0, 3, 1, 4, 2], dtype=torch.int32)
+    similarity, at = within_a_long_group(near)
+    target = torch.tensor([3], dtype=torch.int32)
+    wanted, _ = naive_duplicates(
+        near.flatten(), groups(ROWS), order, groups(ROWS), target, tokens=ROWS, per_round=1, max_seqlen=None
+    )
+    for path in paths(kernel):
+        with path:
+            survivors, _ = kernels.drop_duplicates(
+                similarity,
+                groups(LONG),
+                at[order.long()].int(),
+                groups(ROWS),
+                target,
+                tokens=LONG,
+                per_round=1,
+            )
+            assert torch.equal(survivors[:3].long(), at[wanted[:3].long()]) and (survivors[3:] == -1).all()
 
 
 @pytest.mark.parametrize("kernel", op_cases("rope"), indirect=True)

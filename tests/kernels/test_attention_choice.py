@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import importlib.machinery
-import json
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from glimpse_kernels import _triton, dispatch, force_backend, proof
+from glimpse_kernels import measured as record
 from glimpse_kernels.attention import _flash, choice, flash_attn, torch_flash
 from glimpse_kernels.attention.naive import attention as naive_attention
 from tests.kernels.kernel_cases import cu_seqlens, needs_triton
@@ -31,7 +31,7 @@ KEY = "bfloat16 causal 128/128 grouped 1024x1024"
 @pytest.fixture(autouse=True)
 def fresh() -> Iterator[None]:
     """Nothing remembered before or after."""
-    caches: tuple[Any, ...] = (choice.choose, choice.record, torch_flash.missing, flash_attn.missing)
+    caches: tuple[Any, ...] = (choice.choose, record.record, torch_flash.missing, flash_attn.missing)
     for cached in caches:
         cached.cache_clear()
     yield
@@ -40,8 +40,8 @@ def fresh() -> Iterator[None]:
 
 
 def measured(monkeypatch: pytest.MonkeyPatch, path: Path, **seconds: float) -> None:
-    monkeypatch.setattr(choice, "RECORD", path / "measured.json")
-    choice.write({"GPU": {KEY: seconds}} if seconds else {})
+    monkeypatch.setattr(record, "RECORD", path / "measured.json")
+    record.write({"GPU": {"attention": {KEY: seconds}}} if seconds else {})
 
 
 def available(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
@@ -82,19 +82,6 @@ def test_without_a_record(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
     choice.choose.cache_clear()
     proven(monkeypatch, True)
     assert choice.choose(other, "GPU") == "triton"
-
-
-def test_the_record_in_the_package_is_one() -> None:
-    rows = json.loads(choice.RECORD.read_text())
-    assert all(set(case) == {"case", "seconds"} for cases in rows.values() for case in cases)
-    assert set(choice.record()) == set(rows)
-
-
-@pytest.mark.parametrize(
-    ("length", "want"), [(0, 1), (1, 1), (90, 64), (91, 128), (128, 128), (181, 128), (182, 256)]
-)
-def test_buckets(length: float, want: int) -> None:
-    assert choice.bucket(length) == want
 
 
 def test_kinds_of_calls() -> None:
@@ -267,7 +254,7 @@ def test_an_lse_of_another_shape_is_an_error(monkeypatch: pytest.MonkeyPatch) ->
 def test_what_the_op_asks(monkeypatch: pytest.MonkeyPatch) -> None:
     """`provider` describes the tensors; nothing is asked where a backend is forced."""
     asked: list[choice.Call] = []
-    monkeypatch.setattr(choice, "_name", lambda index: "GPU")
+    monkeypatch.setattr(record, "gpu", lambda index: "GPU")
 
     def choose(call: choice.Call, device: str) -> str:
         asked.append(call)

@@ -132,7 +132,15 @@ def test_force_backend_nests_and_restores() -> None:
 
 
 @pytest.mark.parametrize(
-    ("value", "want"), [("naive", "naive"), ("CPU ", "cpu"), ("", "auto"), ("auto", "auto"), (None, "auto")]
+    ("value", "want"),
+    [
+        ("naive", "naive"),
+        ("CPU ", "cpu"),
+        ("", "auto"),
+        ("auto", "auto"),
+        (None, "auto"),
+        (" cuda, Triton", "cuda,triton"),
+    ],
 )
 def test_environment(monkeypatch: pytest.MonkeyPatch, value: str | None, want: str) -> None:
     monkeypatch.delenv("GLIMPSE_BACKEND", raising=False)
@@ -141,11 +149,21 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, value: str | None, want: s
     assert dispatch._from_environment() == want
 
 
-def test_environment_with_an_unknown_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("GLIMPSE_BACKEND", "gpu")
-    words = "GLIMPSE_BACKEND: expected one of auto, cuda, triton, cpu, naive; found 'gpu'"
+@pytest.mark.parametrize("value", ["gpu", "cuda,gpu", "auto,cuda", "cuda,"])
+def test_environment_with_an_unknown_name(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("GLIMPSE_BACKEND", value)
+    words = f"GLIMPSE_BACKEND: expected one of auto, cuda, triton, cpu, naive; found '{value}'"
     with pytest.raises(ValueError, match=words):
         dispatch._from_environment()
+
+
+def test_of_several_the_first_that_can_serve() -> None:
+    with force_backend("triton,naive"):
+        assert dispatch.choose("attention", "cpu", torch.float32, grad=True) == "naive"
+    with force_backend("naive,cpu"):
+        assert dispatch.choose("attention", "cpu", torch.float32) == "naive"
+    with force_backend("triton,cpu"), pytest.raises(UnsupportedError, match="backend triton,cpu .forced."):
+        dispatch.choose("attention", "cpu", torch.float32, grad=True)
 
 
 def test_documented_table_is_the_table() -> None:

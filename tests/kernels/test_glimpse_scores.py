@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`glimpse_scores` on every backend and instruction set against a loop in fp64."""
+"""`glimpse_scores` on every backend and instruction set against plain torch in fp64."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +12,11 @@ from torch import Tensor
 from glimpse_kernels import attention, glimpse_scores
 from tests.kernels.kernel_cases import Case, cu_seqlens, op_cases
 
-all_cases = pytest.mark.parametrize("kernel", op_cases("glimpse_scores"), indirect=True)
+CASES: list[Any] = op_cases("glimpse_scores")
+all_cases = pytest.mark.parametrize("kernel", CASES, indirect=True)
+cuda_cases = pytest.mark.parametrize(
+    "kernel", [p for p in CASES if p.values[0].backend == "cuda"], indirect=True
+)
 
 
 def ints(*values: int) -> Tensor:
@@ -19,13 +25,9 @@ def ints(*values: int) -> Tensor:
 
 def expected(q: Tensor, k: Tensor, index: Tensor, seq: Tensor, scale: float, lse: Tensor | None) -> Tensor:
     group = q.shape[1] // k.shape[1]
-    out = torch.zeros(len(index), q.shape[1], dtype=torch.float64)
-    for n in range(len(index)):
-        for h in range(q.shape[1]):
-            out[n, h] = scale * (q[seq[n], h].double() @ k[index[n], h // group].double())
-            if lse is not None:
-                out[n, h] -= lse[seq[n], h].double()
-    return out
+    keys = k.double()[index.long()].repeat_interleave(group, 1)
+    out = scale * (q.double()[seq.long()] * keys).sum(-1)
+    return out if lse is None else out - lse.double()[seq.long()]
 
 
 @all_cases
@@ -105,6 +107,23 @@ def test_heads_and_edges(kernel: Case, heads: tuple[int, int], count: int) -> No
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
 
 
+@cuda_cases
+@pytest.mark.parametrize("heads", [(28, 4), (16, 2), (20, 1)], ids=str)
+@pytest.mark.parametrize("dim", [64, 80, 128, 200])
+def test_cuda_aligned_and_not(kernel: Case, heads: tuple[int, int], dim: int) -> None:
+    """16 bytes at once and one element at a time, whole runs of dimensions and parts of one, mixed sequences."""
+    assert kernel.dtype is not None
+    q_wide = torch.randn(3, heads[0], dim + 8).to(kernel.dtype)
+    k_wide = torch.randn(30, heads[1], dim + 8).to(kernel.dtype)
+    index, seq, lse = torch.randint(30, (37,)).int(), torch.randint(3, (37,)).int(), torch.randn(3, heads[0])
+    for skip in (0, 8, 1):
+        q, k = q_wide[..., skip : skip + dim], k_wide[..., skip : skip + dim]
+        want = expected(q, k, index, seq, dim**-0.5, lse)
+        torch.testing.assert_close(
+            glimpse_scores(q, k, index, seq, lse=lse).double(), want, rtol=1e-5, atol=1e-5
+        )
+
+
 @all_cases
 def test_no_tokens(kernel: Case) -> None:
     assert kernel.dtype is not None
@@ -127,7 +146,7 @@ def test_log_softmax_form_agrees_with_attention() -> None:
 def test_rows_outside(kernel: Case, index: int, seq: int, words: str) -> None:
     """The host refuses them. A device cannot: there their scores are NaN and their neighbours' are right."""
     q, k = torch.ones(2, 2, 8, dtype=kernel.dtype), torch.ones(5, 1, 8, dtype=kernel.dtype)
-    if kernel.backend == "triton":
+    if kernel.backend in ("triton", "cuda"):
         found = glimpse_scores(q, k, ints(4, index, 0), ints(1, seq, 0), scale=1.0)
         assert found[1].isnan().all() and (found[::2] == 8.0).all()
     elif kernel.backend == "cpu":

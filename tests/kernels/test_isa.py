@@ -247,7 +247,9 @@ CORE = {
 
 
 def shared_names(symbols: str) -> list[str]:
-    """Lines of `nm -C` with functions of the kernels that are neither private to an instruction set nor known core code."""
+    """Lines of `nm -C` with functions of the kernels that are neither private to an instruction set nor known core code.
+
+    The host side of the CUDA kernels (`glimpse::cuda`) is compiled once, without vector flags."""
     found = []
     for line in symbols.splitlines():
         fields = line.strip().split(maxsplit=2)
@@ -260,7 +262,9 @@ def shared_names(symbols: str) -> list[str]:
             continue
         head = re.split(r"[(<\[]", name.replace("(anonymous namespace)", "{}"))[0].split()
         qualified = head[-1] if head else ""
-        if qualified.startswith("glimpse::") and not qualified.startswith("glimpse::python::"):
+        if qualified.startswith("glimpse::") and not qualified.startswith(
+            ("glimpse::python::", "glimpse::cuda::")
+        ):
             if qualified not in CORE:
                 found.append(line)
     return found

@@ -59,6 +59,15 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
                 "capacity": 9,
             },
         ),
+        "farthest_points": ((torch.rand(13), ints(0, 3, 5), ints(0, 2, 4)), {"tokens": 5, "capacity": 5}),
+        "greedy_dpp": (
+            (torch.eye(3).flatten().repeat(2)[:13], torch.rand(5), ints(0, 3, 5), ints(0, 2, 3)),
+            {"capacity": 3},
+        ),
+        "drop_duplicates": (
+            (torch.rand(13), ints(0, 3, 5), ints(2, 0, 1, 4, 3), ints(0, 3, 5), ints(1, 1)),
+            {"tokens": 5, "per_round": 1},
+        ),
         "compact": (
             (
                 ints(0, 4, -1),

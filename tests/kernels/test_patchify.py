@@ -110,6 +110,31 @@ def test_definition_bit_for_bit(kernel: Case, given: tuple[int, int], size: tupl
     assert torch.equal(got.cpu(), want)
 
 
+@all_cases
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "patch, merge, frames",
+    [(14, 2, 2), (14, 2, 1), (16, 2, 2), (14, 1, 3), (14, 3, 1), (3, 3, 2), (5, 2, 3), (2, 1, 1)],
+)
+def test_shapes_and_dtypes_bit_for_bit(
+    kernel: Case, patch: int, merge: int, frames: int, dtype: torch.dtype
+) -> None:
+    """A picture and the same one as a view that begins and ends anywhere; no picture."""
+    side = patch * merge
+    whole = picture(2 * side, 3 * side + 1)
+    wanted = {
+        "mean": MEAN, "std": STD, "patch_size": patch, "merge_size": merge, "temporal_patch_size": frames, "dtype": dtype,
+    }  # fmt: skip
+    for image in (whole[:, : 3 * side].contiguous(), whole[:, 1:], whole[:0, 1:]):
+        want = definition(image.cpu(), **wanted)  # type: ignore[arg-type]
+        assert torch.equal(patchify(image, **wanted).cpu(), want)  # type: ignore[arg-type]
+        row = 3 * frames * patch * patch
+        buffer = torch.full((want.shape[0] * row + 3,), torch.nan, dtype=dtype)
+        out = buffer[3:].view(want.shape)  # not as aligned as memory of its own
+        patchify(image, **wanted, out=out)  # type: ignore[arg-type]
+        assert torch.equal(out.cpu(), want) and buffer[:3].isnan().all()
+
+
 FILTERS = {
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,

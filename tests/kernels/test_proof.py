@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from glimpse_kernels import _triton, dispatch, explain, force_backend, proof
+from glimpse_kernels import _cuda, _triton, dispatch, explain, force_backend, proof
 from tests.kernels.kernel_cases import needs_triton
 
 RMS = proof.Proof("rms_norm", "triton", "NVIDIA H200", "2026-11-21", "0123abcd", 12)
@@ -54,13 +54,12 @@ def test_a_proven_kernel_is_chosen(
 
 @needs_triton
 def test_a_forced_kernel_needs_no_proof(records: dict[tuple[str, str], proof.Proof]) -> None:
-    with force_backend("triton"):
-        for op in dispatch.ops():
-            dtypes = next(
-                row for row in dispatch.support_table() if row.op == op and row.backend == "triton"
-            ).dtypes
-            for dtype in dtypes or (torch.int64,):
-                assert dispatch.choose(op, "cuda", dtype) == "triton", explain(op, "cuda", dtype)
+    for row in dispatch.support_table():
+        if row.device != "cuda" or (row.backend == "cuda" and not hasattr(_cuda.module(), row.op)):
+            continue
+        with force_backend(row.backend):
+            for dtype in row.dtypes or (torch.int64,):
+                assert dispatch.choose(row.op, "cuda", dtype) == row.backend, explain(row.op, "cuda", dtype)
 
 
 @needs_triton

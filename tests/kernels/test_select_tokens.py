@@ -18,17 +18,20 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from glimpse_kernels import Selection, select_tokens
+from glimpse_kernels import Selection, _cuda, select_tokens
 from tests.kernels.kernel_cases import Case, op_cases
 
 CASES_HERE: list[Any] = op_cases("select_tokens")
+
+
+def cases(*backends: str) -> pytest.MarkDecorator:
+    chosen = [p for p in CASES_HERE if p.values[0].backend in backends]
+    return pytest.mark.parametrize("kernel", chosen, indirect=True)
+
+
 all_cases = pytest.mark.parametrize("kernel", CASES_HERE, indirect=True)
-triton_cases = pytest.mark.parametrize(
-    "kernel", [p for p in CASES_HERE if p.values[0].backend == "triton"], indirect=True
-)
-other_cases = pytest.mark.parametrize(
-    "kernel", [p for p in CASES_HERE if p.values[0].backend != "triton"], indirect=True
-)
+triton_cases, cuda_cases, device_cases = cases("triton"), cases("cuda"), cases("triton", "cuda")
+other_cases = cases("naive", "cpu", "cuda")
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glimpse"
 CASES: dict[str, Any] = json.loads((GOLDEN / "manifest.json").read_text())["cases"]
@@ -78,26 +81,32 @@ def run(
     row_keep: list[bool],
     cu_seqlens: list[int],
     capacity: int,
+    skip: int = 0,
 ) -> Selection:
+    """Of views that start `skip` elements behind the start of their memory."""
+
+    def values(x: list[Any], dtype: torch.dtype) -> torch.Tensor:
+        return torch.tensor([0] * skip + x, dtype=dtype)[skip:]
+
     def ints(x: list[int]) -> torch.Tensor:
-        return torch.tensor(x, dtype=torch.int32)
+        return values(x, torch.int32)
 
     return select_tokens(
-        torch.tensor(logits, dtype=torch.float32),
+        values(logits, torch.float32),
         ints(cu_groups),
         threshold=threshold,
         caps=ints(caps),
         floors=ints(floors),
-        forced=None if forced is None else torch.tensor(forced, dtype=torch.bool),
+        forced=None if forced is None else values(forced, torch.bool),
         token_rows=ints(token_rows),
-        row_keep=torch.tensor(row_keep, dtype=torch.bool),
+        row_keep=values(row_keep, torch.bool),
         cu_seqlens=ints(cu_seqlens),
         capacity=capacity,
     )
 
 
-def check(**case: Any) -> None:
-    got = run(**case)
+def check(*, skip: int = 0, **case: Any) -> None:
+    got = run(**case, skip=skip)
     keep, counts, index, cu = expected(**case)
     assert got.keep.dtype == torch.bool and got.keep.tolist() == keep
     assert got.counts.dtype == torch.int32 and got.counts.tolist() == counts
@@ -216,8 +225,14 @@ def test_group_sizes(kernel: Case, sizes: list[int]) -> None:
 
 @all_cases
 def test_many_groups_and_sequences(kernel: Case) -> None:
-    sizes = [i % 6 for i in range(90 if kernel.interpreted else 400)]
-    check(**drawn(sizes, 7, sequences=150))
+    groups = 90 if kernel.interpreted else 70_000 if kernel.backend == "cuda" else 400
+    check(**drawn([i % 6 for i in range(groups)], 7, sequences=150))
+
+
+@all_cases
+def test_memory_that_starts_anywhere(kernel: Case) -> None:
+    for skip, sizes in ((1, [300, 7, 120]), (3, [60, 20] * 5)):
+        check(skip=skip, **drawn(sizes, 20 + skip, sequences=2))
 
 
 @triton_cases
@@ -226,6 +241,77 @@ def test_many_stripes_of_rows(kernel: Case) -> None:
     with tiles(64, 16):
         check(**drawn([300, 500, 400], 11, sequences=5))
         check(**drawn([1200], 12, sequences=5))
+
+
+@contextmanager
+def chip_and_order(kernel: Case, capability: int, order: int) -> Iterator[None]:
+    """Inside the block the emulation is this chip and runs threads and blocks in this order; a GPU is what it is."""
+    if not kernel.interpreted:
+        yield
+        return
+    module = _cuda.module()
+    module.set_chip(capability, 3)
+    module.set_order(order)
+    try:
+        yield
+    finally:
+        module.set_chip(90, 3)
+        module.set_order(-1)
+
+
+@cuda_cases
+@pytest.mark.parametrize("order", [0, 1, 5])
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize(
+    "sizes",
+    [[255], [513, 2], [30, 0, 70], [9, 80, 127, 128, 129], [31, 32, 33, 1, 0, 64, 65, 3], [40] * 9, [3, 0, 500] * 7,
+     [1100, 3, 2100]],
+    ids=str,
+)  # fmt: skip
+def test_cuda_blocks(kernel: Case, sizes: list[int], capability: int, order: int) -> None:
+    """One block, clusters of two to eight, several launches; each with its threads in another order."""
+    with chip_and_order(kernel, capability, order):
+        for seed in range(3):
+            check(**drawn(sizes, 100 * order + seed, sequences=4))
+
+
+@cuda_cases
+@pytest.mark.parametrize("sizes", [[8193], [10, 20000], [17000, 1, 8200], [1100] * 7 + [4096, 5000]], ids=str)
+def test_cuda_large_groups(kernel: Case, sizes: list[int]) -> None:
+    """Blocks of 1024 threads; beyond their registers; in clusters and in several launches."""
+    for seed in range(1 if kernel.interpreted else 6):
+        check(**drawn(sizes, 40 + seed, sequences=3))
+
+
+@cuda_cases
+def test_cuda_more_rows_than_a_block_counts(kernel: Case) -> None:
+    """A million packed rows of which a few are anyone's: stripes are counted by a launch of their own."""
+    rows, n = 1_060_000, 60
+    generator = torch.Generator().manual_seed(3)
+    row_keep = torch.rand(rows, generator=generator, device="cpu") < 0.01
+    token_rows = torch.randperm(rows, generator=generator, device="cpu")[:n]
+    row_keep[token_rows] = False
+    bounds = torch.tensor([0, 4096, 4097, rows // 2, rows], device="cpu")
+    logits = torch.randn(n, generator=generator, device="cpu")
+    stays = row_keep.clone()
+    stays[token_rows[logits > 0]] = True
+    want = stays.nonzero().flatten().int()
+    cumulative = torch.cat((torch.zeros(1, dtype=torch.long, device="cpu"), stays.long().cumsum(0)))
+    for capacity in (20_000, 3_000):
+        got = select_tokens(
+            logits.to(kernel.device),
+            torch.tensor([0, n // 2, n], dtype=torch.int32),
+            threshold=0.0,
+            caps=torch.tensor([n, n], dtype=torch.int32),
+            floors=torch.tensor([0, 0], dtype=torch.int32),
+            token_rows=token_rows.int().to(kernel.device),
+            row_keep=row_keep.to(kernel.device),
+            cu_seqlens=bounds.int().to(kernel.device),
+            capacity=capacity,
+        )
+        found = got.index.cpu()
+        assert torch.equal(found[: len(want)], want[:capacity]) and (found[len(want) :] == -1).all()
+        assert torch.equal(got.cu_seqlens.cpu(), cumulative[bounds].int())
 
 
 @all_cases
@@ -261,7 +347,7 @@ def test_nan_of_every_kind(kernel: Case) -> None:
         assert got.keep.nonzero().flatten().tolist() == want
 
 
-@triton_cases
+@device_cases
 def test_threshold_beyond_fp32(kernel: Case) -> None:
     case = simple([1.0, math.inf, -math.inf, 3.4e38])
     assert run(**case | {"threshold": 1e300}).keep.tolist() == [False] * 4

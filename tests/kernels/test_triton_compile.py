@@ -6,20 +6,14 @@ The kernels are compiled in a process of their own, as this one may interpret th
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from glimpse_kernels import dispatch
+from tests.kernels.compile_reports import ROOT, compile_report
 from tests.kernels.kernel_cases import needs_triton
 
-ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "triton-kernels.md"
 ARCHS = (80, 90, 100)
 MOST_SHARED = {80: 99, 90: 227, 100: 227}
@@ -35,26 +29,8 @@ Kernel = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What `bench.triton_compile` says of all ops, and its table. Once, however many processes run the tests."""
-    folder = tmp_path_factory.getbasetemp()
-    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
-    record, page = folder / "triton-kernels.json", folder / "triton-kernels.md"
-    with (folder / "triton-kernels.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not record.exists():
-            environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-            command = [
-                sys.executable,
-                "-m",
-                "bench.triton_compile",
-                "--json",
-                str(record),
-                "--markdown",
-                str(page),
-            ]
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-            assert record.exists(), done.stdout + done.stderr
-    return {**json.loads(record.read_text()), "page": page.read_text()}
+    """What `bench.triton_compile` says of all ops, and its table."""
+    return compile_report(tmp_path_factory, "bench.triton_compile")
 
 
 def named(kernel: Kernel) -> str:

@@ -229,7 +229,7 @@ def test_info_names_every_op(call):
     from glimpse_kernels import support_table
 
     code, out, _ = call("info")
-    assert code == 0 and "threads" in out
+    assert code == 0 and "threads" in out and "compiled CUDA kernels" in out
     code, listed, _ = call("info", "--json")
     data = json.loads(listed)
     ops = {row.op for row in support_table()}

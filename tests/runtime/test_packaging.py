@@ -15,8 +15,8 @@ import pytest
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "CMakeLists.txt", "Makefile", "pyproject.toml")
-FOLDERS = (".ci", "bench", "csrc", "glimpse_kernels", "glimpse_lab", "glimpse_runtime", "tests")
+SOURCES = ("*.py", "*.cpp", "*.h", "*.cu", "*.cuh", "*.cmake", "CMakeLists.txt", "Makefile", "pyproject.toml")
+FOLDERS = (".ci", "bench", "cmake", "csrc", "glimpse_kernels", "glimpse_lab", "glimpse_runtime", "tests")
 
 
 def pins() -> dict[str, list[Requirement]]:
@@ -155,6 +155,68 @@ def test_runs_on_the_definitions_and_says_once_what_is_lost(without_compiler, tm
     assert done.returncode == 0, done.stderr
     said = [line for line in done.stderr.splitlines() if line.startswith("glimpse_kernels:")]
     assert len(said) == 1 and "compiled CPU kernels not available" in said[0] and "slower" in said[0]
+
+
+def configured(folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """What CMake says of the package with a CUDA compiler that is not there."""
+    pytest.importorskip("pybind11", reason="building needs the build tools, which make venv installs")
+    beside = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    cmake = shutil.which("cmake", path=beside)
+    if cmake is None or shutil.which("c++") is None:
+        pytest.skip("cmake or a C++ compiler is missing")
+    command = [cmake, "-S", str(ROOT), "-B", str(folder), f"-DPython_EXECUTABLE={sys.executable}", *options]
+    environment = {name: value for name, value in os.environ.items() if name != "GLIMPSE_CUDA"}
+    return subprocess.run(command, capture_output=True, text=True, env={**environment, "PATH": beside})
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ("AUTO", "/nonexistent/nvcc does not run"),
+        ("OFF", "GLIMPSE_CUDA=OFF"),
+        ("ON", "/nonexistent/nvcc does not run"),
+    ],
+)
+def test_without_nvcc_the_build_says_so_in_one_line(wanted, said, tmp_path):
+    nvcc = [] if wanted == "OFF" else ["-DCMAKE_CUDA_COMPILER=/nonexistent/nvcc"]
+    done = configured(tmp_path, f"-DGLIMPSE_CUDA={wanted}", *nvcc)
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "CUDA" in line and line.strip()]
+    assert (done.returncode == 0) is (wanted != "ON"), done.stderr
+    assert any(line.endswith(said) for line in told), told
+    if wanted != "ON":
+        assert told == [f"-- Glimpse: CUDA kernels: {said}"]
+
+
+NVCC = """#!/bin/sh
+case "$*" in
+  --version) echo "Cuda compilation tools, release 13.0, V13.0.88" ;;
+  --list-gpu-arch) printf "compute_80\\ncompute_90\\n" ;;
+  *) echo "nvcc fatal   : half of me is missing" >&2; exit 1 ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ((), "nvcc 13.0 builds nothing here: "),
+        (
+            ("-DCMAKE_CUDA_ARCHITECTURES=90a;native",),
+            "CMAKE_CUDA_ARCHITECTURES: expected some like 80, 90a or 100-real, found native",
+        ),
+    ],
+    ids=["half a toolkit", "architectures"],
+)
+def test_an_nvcc_that_builds_nothing_does_not_hurt(options, said, tmp_path):
+    """Such as that of a toolkit without the static runtime."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(NVCC)
+    nvcc.chmod(0o755)
+    done = configured(tmp_path / "build", f"-DCMAKE_CUDA_COMPILER={nvcc}", *options)
+    assert done.returncode == 0, done.stderr
+    told = [line for line in (done.stdout + done.stderr).splitlines() if "Glimpse: CUDA kernels" in line]
+    assert len(told) == 1 and f"CUDA kernels: {said}" in told[0] and told[0][-1] not in ": ", told
+    assert "CMake Error" not in done.stderr
 
 
 def test_make_lists_its_targets():

@@ -66,7 +66,7 @@ unsigned char* dynamic();
 void* cluster_shared(void* own, unsigned rank);
 void block_barrier(const char* what);
 int block_vote(const char* what, bool value);  // a barrier; how many threads said true
-void cluster_barrier();
+void cluster_barrier(bool orders_memory);
 void warp_barrier(unsigned mask);
 // All lanes of the mask give a value; `out` gets those of the whole warp (of lanes outside the mask: garbage).
 void warp_exchange(unsigned mask, uint64_t value, uint64_t out[32]);
@@ -304,7 +304,8 @@ inline void wait_for_previous_grid() { emulated::wait_for_previous_grid(); }
 inline void let_next_grid_start() {}
 inline unsigned cluster_rank() { return emulated::where().cluster_rank; }
 inline unsigned cluster_size() { return emulated::where().cluster_size; }
-inline void cluster_sync() { emulated::cluster_barrier(); }
+inline void cluster_sync() { emulated::cluster_barrier(true); }
+inline void cluster_leave() { emulated::cluster_barrier(false); }
 template <class T>
 T* cluster_shared(T* own, unsigned rank) {
   return static_cast<T*>(emulated::cluster_shared(own, rank));
@@ -312,7 +313,7 @@ T* cluster_shared(T* own, unsigned rank) {
 // Copies are made here, not in emulated.cpp, so that sanitizers see them.
 inline void copy_async_16(void* to, const void* from, bool live) {
   store_16(to, make_uint4(0xffffffffu, 0xffffffffu, 0xffffffffu, 0xffffffffu));  // until it is waited for
-  if (live) expect_aligned(from);
+  expect_aligned(from);
   emulated::copy_async_put({to, live ? from : nullptr});
 }
 inline void copy_async_commit() { emulated::copy_async_commit(); }
@@ -370,8 +371,6 @@ void multiply_add_matrix(float (&sum)[4], const unsigned (&a)[4], const unsigned
     }
   }
 }
-
-const Chip& chip();
 
 template <class... Params, class... Args>
 glimpse_status launch(const char* op, const Launch& how, void (*kernel)(Params...), Args... args) {

@@ -50,7 +50,6 @@ constexpr size_t kStack = 256 << 10;
 #else
 constexpr size_t kStack = 64 << 10;
 #endif
-constexpr size_t kStaticShared = 48 << 10;
 // Fibers of a block or cluster are used again by a later one, and to ThreadSanitizer what one fiber does is in order. So clusters take
 // turns in several sets of fibers, where it has as many.
 constexpr size_t kFiberSets = 3, kMostFibers = 4096;
@@ -224,6 +223,11 @@ struct Gang {  // the blocks that run side by side: a cluster
   Turns turns;
 };
 
+Chip chip_of(int capability, int multiprocessors) {
+  const size_t kilobytes = capability >= 90 && capability < 120 ? 227 : capability == 80 || capability == 87 ? 163 : 99;
+  return {capability, multiprocessors, kilobytes << 10};
+}
+
 struct Machine {
   std::recursive_mutex busy;
   Context scheduler;
@@ -236,7 +240,7 @@ struct Machine {
   bool dependent = false;
   std::vector<std::unique_ptr<Block>> spent;  // blocks that are through, freed behind the launch
   Order start, end;
-  Chip chip{90, 3};
+  Chip chip = chip_of(90, 3);
   int64_t order = -1, launches_since = 0, launches = 0;
   std::vector<std::function<glimpse_status()>>* capture = nullptr;
 };
@@ -444,8 +448,7 @@ const char* refused(const Launch& how, const Chip& chip) {
   if (threads == 0 || threads > 1024) return "blocks of 1 to 1024 threads";
   if (how.grid.x == 0 || how.grid.y == 0 || how.grid.z == 0) return "a grid that is not empty";
   if (how.grid.x > 0x7fffffffu || how.grid.y > 65535 || how.grid.z > 65535) return "a smaller grid";
-  const size_t most = chip.capability >= 90 && chip.capability < 120 ? 227 << 10 : chip.capability == 80 ? 163 << 10 : 99 << 10;
-  if (how.shared > most) return "less dynamic shared memory";
+  if (how.shared > chip.shared) return "less dynamic shared memory";
   if (how.cluster == 0 || how.cluster > 16 || how.grid.x % how.cluster != 0) return "a cluster of 1 to 16 blocks that divides grid.x";
   if (how.cluster > 1 && chip.capability < 90) return "capability 9.0 for clusters";
   return nullptr;
@@ -476,7 +479,10 @@ void* shared(const void* key, size_t bytes, size_t alignment) {
   Block& block = *machine().running->block;
   if (block.shared.find(key) == block.shared.end()) {
     block.static_bytes += bytes;
-    if (block.static_bytes > kStaticShared) die("%zu bytes of static shared memory, at most %zu", block.static_bytes, kStaticShared);
+    if (block.static_bytes > kSharedUnasked) die("%zu bytes of static shared memory, at most %zu", block.static_bytes, kSharedUnasked);
+    const size_t dynamic = machine().dynamic_bytes, most = dynamic > kSharedAsk ? most_shared(0) : kSharedUnasked;
+    if (block.static_bytes + dynamic > most)
+      die("%zu bytes of static and %zu of dynamic shared memory, at most %zu", block.static_bytes, dynamic, most);
   }
   return variable(block, key, bytes, alignment);
 }
@@ -521,18 +527,18 @@ int block_vote(const char* what, bool value) {
   return static_cast<int>(block.result);
 }
 
-void cluster_barrier() {
+void cluster_barrier(bool orders_memory) {
   Machine& m = machine();
   Gang& gang = *m.gang;
   Order& order = gang.turns.now();
-  release(order);
+  if (orders_memory) release(order);
   ++gang.waiting;
   if (gang.waiting < gang.alive) {
     leave(State::at_cluster_barrier, "cluster_sync");
   } else {
     let_gang_go(gang);
   }
-  acquire(order);
+  if (orders_memory) acquire(order);
 }
 
 static void meet(unsigned mask, uint64_t value, uint64_t out[32], bool barrier) {
@@ -636,7 +642,7 @@ extern "C" const char* glimpse_cuda_missing(void) { return nullptr; }
 extern "C" const char* glimpse_cuda_build(void) { return "emulated on the host"; }
 
 extern "C" void glimpse_emulated_set_chip(int capability, int multiprocessors) {
-  machine().chip = {capability, multiprocessors};
+  machine().chip = glimpse::cuda::emulated::chip_of(capability, multiprocessors);
 }
 
 extern "C" void glimpse_emulated_set_order(int64_t order) {

@@ -85,6 +85,20 @@ __global__ void cluster_kernel(unsigned* out) {
   if (BARRIER) cluster_sync();  // the others are not through with this block's memory
 }
 
+// Hands words on over the barrier that orders no memory; or over one that does, and leaves over the other.
+template <bool RIGHT>
+__global__ void leaving_kernel(unsigned* out) {
+  SHARED(Words, words);
+  words.at[threadIdx.x] = threadIdx.x;
+  if (RIGHT) {
+    cluster_sync();
+  } else {
+    cluster_leave();
+  }
+  out[blockIdx.x * 64 + threadIdx.x] = cluster_shared(words.at, 1 - cluster_rank())[threadIdx.x];
+  cluster_leave();
+}
+
 __global__ void garbage_kernel(unsigned* out) {
   SHARED(Words, words);
   auto* const more = reinterpret_cast<unsigned*>(dynamic_shared());
@@ -242,8 +256,9 @@ struct Bytes {
 __global__ void load_kernel(const unsigned char* from, int offset) { load_16(from + offset); }
 __global__ void load_streaming_kernel(const unsigned char* from, int offset) { load_16_streaming(from + offset); }
 __global__ void store_kernel(unsigned char* to, int offset) { store_16(to + offset, make_uint4(0, 0, 0, 0)); }
+template <bool LIVE>
 __global__ void copy_kernel(const unsigned char* from, int offset) {
-  copy_async_16(dynamic_shared(), from + offset, true);
+  copy_async_16(dynamic_shared(), from + offset, LIVE);
 }
 __global__ void shared_bytes_kernel() {
   SHARED(Bytes, bytes);  // of an alignment of 1, so not of 16 either
@@ -276,12 +291,13 @@ TEST(sixteen_bytes_that_are_not_aligned) {
   expect_ok(launch("t", one, load_kernel, memory.data(), 16));
   expect_ok(launch("t", one, load_streaming_kernel, memory.data(), 16));
   expect_ok(launch("t", one, store_kernel, memory.data(), 32));
-  expect_ok(launch("t", room, copy_kernel, memory.data(), 16));
+  expect_ok(launch("t", room, copy_kernel<true>, memory.data(), 16));
   for (const int offset : {1, 4, 8}) {
     expect_failure(launch("t", one, load_kernel, memory.data(), offset), "block (0, 0, 0), thread (0, 0, 0): 16 bytes at");
     expect_failure(launch("t", one, load_streaming_kernel, memory.data(), offset), "not aligned to 16");
     expect_failure(launch("t", one, store_kernel, memory.data(), offset), "not aligned to 16");
-    expect_failure(launch("t", room, copy_kernel, memory.data(), offset), "not aligned to 16");
+    expect_failure(launch("t", room, copy_kernel<true>, memory.data(), offset), "not aligned to 16");
+    expect_failure(launch("t", room, copy_kernel<false>, memory.data(), offset), "not aligned to 16");
   }
   expect_failure(launch("t", one, shared_bytes_kernel), "not aligned to 16");
 }
@@ -298,14 +314,16 @@ TEST(an_asynchronous_copy_arrives_when_it_is_waited_for) {
 
 namespace {
 
-struct Large {
-  unsigned char at[(48 << 10) + 1];
+template <size_t BYTES>
+struct Memory {
+  unsigned char at[BYTES];
 };
 
 __global__ void nothing_kernel() {}
-__global__ void large_kernel() {
-  SHARED(Large, large);
-  large.at[0] = 1;
+template <size_t BYTES>
+__global__ void shared_kernel() {
+  SHARED(Memory<BYTES>, memory);
+  memory.at[0] = 1;
 }
 
 }  // namespace
@@ -332,7 +350,27 @@ TEST(launches_that_a_gpu_refuses) {
   expect_ok(start(8, 32, 163 << 10, 1));
   expect_failure(start(8, 32, (163 << 10) + 1, 1), "less dynamic shared memory");
   expect_failure(start(8, 32, 0, 2), "capability 9.0 for clusters");
-  expect_failure(launch("t", blocks(1, 1), large_kernel), "bytes of static shared memory");
+}
+
+TEST(static_and_dynamic_shared_memory_together) {
+  const auto start = [](void (*kernel)(), size_t shared) {
+    Launch how = blocks(1, 1);
+    how.shared = shared;
+    return launch("t", how, kernel);
+  };
+  constexpr size_t kilobyte = 1 << 10;
+  expect_ok(start(shared_kernel<48 * kilobyte>, 0));
+  expect_failure(start(shared_kernel<48 * kilobyte + 1>, 0), "bytes of static shared memory, at most 49152");
+  // What a launch has without asking for more, which it does from 32 KiB of dynamic memory on.
+  expect_ok(start(shared_kernel<16 * kilobyte>, 32 * kilobyte));
+  expect_failure(start(shared_kernel<16 * kilobyte + 16>, 32 * kilobyte), "16400 bytes of static and 32768 of dynamic shared memory, at most 49152");
+  expect_ok(start(shared_kernel<16 * kilobyte + 16>, 32 * kilobyte + 16));
+  for (const auto& [capability, most] : {std::pair<int, size_t>{80, 163}, {86, 99}, {89, 99}, {90, 227}, {100, 227}, {120, 99}}) {
+    set_chip(capability, 3);
+    expect(most_shared(4 * kilobyte) == (most - 4) * kilobyte, "%d: %zu bytes", capability, most_shared(4 * kilobyte));
+    expect_ok(start(shared_kernel<4 * kilobyte>, (most - 4) * kilobyte));
+    expect_failure(start(shared_kernel<4 * kilobyte>, (most - 4) * kilobyte + 16), "4096 bytes of static and");
+  }
 }
 
 // ---- Graphs ----------------------------------------------------------------------------------------------------------------
@@ -463,6 +501,8 @@ TEST(sanitizer_clean_barriers) {
   ran(blocks(1, 64), rotate_twice_kernel<true>, out.data());
   ran(blocks(1, 32), hand_on_kernel<Between::warp_barrier>, out.data());
   ran(cluster, cluster_kernel<true>, out.data());
+  cluster.grid.x = cluster.cluster = 2;
+  ran(cluster, leaving_kernel<true>, out.data());
   ran(blocks(1, 1), write_kernel, out.data(), 255u);
 }
 TEST(sanitizer_race_without_a_barrier) {
@@ -476,6 +516,12 @@ TEST(sanitizer_race_before_writing_again) {
 TEST(sanitizer_race_although_shuffled) {
   const Buffer<unsigned> out(32);
   ran(blocks(1, 32), hand_on_kernel<Between::shuffle>, out.data());
+}
+TEST(sanitizer_race_over_the_barrier_that_orders_nothing) {
+  const Buffer<unsigned> out(128);
+  Launch cluster = blocks(2, 64);
+  cluster.cluster = 2;
+  ran(cluster, leaving_kernel<false>, out.data());
 }
 TEST(sanitizer_race_of_blocks) {
   const Buffer<unsigned> out(1);

@@ -31,6 +31,7 @@ std::vector<Test>& tests() {
 }
 
 int failures = 0;
+bool capturing = false;
 std::vector<std::unique_ptr<Buffer<unsigned char>>> workspaces;
 std::vector<std::unique_ptr<glimpse_cuda_call>> calls;
 
@@ -49,8 +50,16 @@ void must(cudaError_t error) {
 
 }  // namespace
 
+// A GPU refuses this and gives the capture up; so does the emulation, where it would do no harm.
+static void not_in_a_capture(const char* what) {
+  if (!capturing) return;
+  std::printf("%s inside of a capture\n", what);
+  std::exit(2);
+}
+
 #ifdef __CUDACC__
 void* device_malloc(size_t bytes) {
+  not_in_a_capture("memory is allocated");
   void* memory = nullptr;
   must(cudaMalloc(&memory, bytes > 0 ? bytes : 1));
   must(cudaMemsetAsync(memory, 0xff, bytes, stream()));
@@ -61,16 +70,22 @@ void device_free(void* memory) {
   must(cudaFree(memory));
 }
 void to_device(void* to, const void* from, size_t bytes) {
+  not_in_a_capture("memory is written");
   must(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream()));
   must(cudaStreamSynchronize(stream()));
 }
 void to_host(void* to, const void* from, size_t bytes) {
+  not_in_a_capture("memory is read");
   must(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream()));
   must(cudaStreamSynchronize(stream()));
 }
 void set_chip(int, int) {}
-void Graph::begin() { must(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeGlobal)); }
+void Graph::begin() {
+  must(cudaStreamBeginCapture(stream(), cudaStreamCaptureModeGlobal));
+  capturing = true;
+}
 void Graph::end() {
+  capturing = false;
   cudaGraph_t captured = nullptr;
   cudaGraphExec_t made = nullptr;
   must(cudaStreamEndCapture(stream(), &captured));
@@ -85,6 +100,7 @@ Graph::~Graph() {
 }
 #else
 void* device_malloc(size_t bytes) {
+  not_in_a_capture("memory is allocated");
   // As aligned as cudaMalloc's memory, and no byte longer.
   void* memory = nullptr;
   if (posix_memalign(&memory, 256, bytes) != 0) std::abort();
@@ -93,14 +109,22 @@ void* device_malloc(size_t bytes) {
 }
 void device_free(void* memory) { std::free(memory); }
 void to_device(void* to, const void* from, size_t bytes) {
+  not_in_a_capture("memory is written");
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 void to_host(void* to, const void* from, size_t bytes) {
+  not_in_a_capture("memory is read");
   if (bytes > 0) std::memcpy(to, from, bytes);
 }
 void set_chip(int capability, int multiprocessors) { glimpse_emulated_set_chip(capability, multiprocessors); }
-void Graph::begin() { glimpse_emulated_capture_begin(); }
-void Graph::end() { graph_ = glimpse_emulated_capture_end(); }
+void Graph::begin() {
+  glimpse_emulated_capture_begin();
+  capturing = true;
+}
+void Graph::end() {
+  capturing = false;
+  graph_ = glimpse_emulated_capture_end();
+}
 void Graph::replay() { expect_ok(glimpse_emulated_replay(graph_)); }
 Graph::~Graph() { glimpse_emulated_free(graph_); }
 #endif

@@ -54,7 +54,8 @@ const glimpse_cuda_call* call(size_t workspace = 0);
 // The chip that launch code is told of; on a GPU without effect. Every test starts as capability 9.0 with 3 multiprocessors.
 void set_chip(int capability, int multiprocessors);
 
-// Runs `launches` at once, or captures it into a graph; `replay` runs it (again) on what memory holds by then.
+// Captures `launches` into a graph; `replay` runs it on what memory holds by then. Inside, as on a GPU, no memory can be had, written or
+// read: `call` goes before.
 class Graph {
  public:
   template <class Launches>

@@ -85,15 +85,48 @@ std::vector<int32_t> places(size_t count, int32_t step, int32_t of) {
 }  // namespace
 
 TEST(compact_keys_values_and_rows) {
-  for (const int processors : {1, 132}) {  // tasks of several passes, and of one
-    set_chip(90, processors);
-    const Set keys(3, 90, 101, 256, 0, true), values(3, 90, 101, 512, 0, true), hidden(1, 90, 70, 1792, 0, false);
-    const Set positions(3, 90, 70, 8, 0, false), cosines(1, 90, 64, 160, 32, false);
+  const Set keys(3, 90, 101, 256, 0, true), values(3, 90, 101, 512, 0, true), hidden(1, 90, 70, 1792, 0, false);
+  const Set positions(3, 90, 70, 8, 0, false), cosines(1, 90, 64, 160, 32, false);
+  auto index = places(64, 7, 90), slots = places(64, 13, 101);
+  for (const size_t dead : {3, 17, 60, 61, 62, 63}) index[dead] = -1;
+  for (const size_t dead : {0, 5}) slots[dead] = -1;
+  check(index, slots, {&keys, &values, &hidden, &positions, &cosines});
+}
+
+// 64 tasks keep a multiprocessor busy; of what is beyond, a task takes up to four passes of 256 units.
+TEST(compact_tasks_of_several_passes) {
+  for (const int64_t which : {0, 1, 2, 3, 4, 5}) {  // tasks of 1 to 4 passes
+    const int64_t layers = 1 + which / 2;
+    set_chip(90, 1 + static_cast<int>(which % 2));
+    const Set keys(layers, 90, 101, 512, 0, true), hidden(layers, 90, 70, 1792, 16, false);
+    const Set bytes(layers, 90, 101, 331, 1, true), positions(layers, 90, 70, 8, 0, false);
     auto index = places(64, 7, 90), slots = places(64, 13, 101);
-    for (const size_t dead : {3, 17, 60, 61, 62, 63}) index[dead] = -1;
-    for (const size_t dead : {0, 5}) slots[dead] = -1;
-    check(index, slots, {&keys, &values, &hidden, &positions, &cosines});
+    for (const size_t dead : {0, 1, 2, 3, 17, 30, 31, 60, 61, 62, 63}) index[dead] = -1;
+    for (size_t dead = 36; dead < 48; ++dead) slots[dead] = -1;
+    check(index, slots, {&keys, &hidden, &bytes, &positions});
   }
+}
+
+TEST(compact_many_layers) {
+  const Set keys(80, 4, 5, 32, 0, true), values(80, 4, 5, 20, 0, true);
+  check({3, -1, 0}, {4, 1, 2}, {&keys, &values});
+}
+
+// A row for all entries, and rows and layers that follow each other backwards.
+TEST(compact_strides_of_zero_and_below) {
+  const Set keys(3, 7, 6, 48, 16, true);
+  const auto index = places(5, 3, 7), slots = places(5, 5, 6);
+  Set one(3, 7, 6, 48, 16, true), back(3, 7, 6, 48, 16, true);
+  one.copy.src_stride = one.copy.src_layer_stride = 0;
+  one.src_offset = 64;
+  one.copy.src = one.src.data() + one.src_offset;
+  back.src_offset = static_cast<size_t>(2 * back.copy.src_layer_stride + 6 * back.copy.src_stride);
+  back.dst_offset = static_cast<size_t>(2 * back.copy.dst_layer_stride + 5 * back.copy.dst_stride);
+  back.copy.src = back.src.data() + back.src_offset;
+  back.copy.dst = back.dst.data() + back.dst_offset;
+  for (int64_t* stride : {&back.copy.src_stride, &back.copy.src_layer_stride, &back.copy.dst_stride, &back.copy.dst_layer_stride})
+    *stride = -*stride;
+  check(index, slots, {&keys, &one, &back});
 }
 
 TEST(compact_rows_of_every_length) {
@@ -139,6 +172,25 @@ TEST(compact_nothing) {
   check({0, 1}, {2, 3}, {&empty});
 }
 
+TEST(compact_refuses) {
+  Set keys(2, 5, 6, 64, 0, true);
+  const Buffer<int32_t> index(std::vector<int32_t>{1});
+  glimpse_compact_params p{};
+  p.index = index.data();
+  p.copies = &keys.copy;
+  p.count = p.copy_count = 1;
+  expect(glimpse_cuda_compact(&p, call()) == GLIMPSE_INVALID, "slots were not missed");
+  p.slots = index.data();
+  p.count = -1;
+  expect(glimpse_cuda_compact(&p, call()) == GLIMPSE_INVALID, "a negative count was taken");
+  p.count = int64_t{1} << 31;
+  expect(glimpse_cuda_compact(&p, call()) == GLIMPSE_INVALID, "a count of 2^31 was taken");
+  p.count = 1;
+  keys.copy.layers = int64_t{1} << 40;
+  expect(glimpse_cuda_compact(&p, call()) == GLIMPSE_UNSUPPORTED, "2^40 layers were taken");
+  expect_equal(keys.dst.read(), Bytes(keys.dst.size(), 0xff), "destination");
+}
+
 TEST(compact_captured_short_replayed_long) {
   const size_t capacity = 40;
   const Set keys(2, 50, 60, 128, 0, true);
@@ -150,7 +202,8 @@ TEST(compact_captured_short_replayed_long) {
   p.count = capacity;
   p.copies = &keys.copy;
   p.copy_count = 1;
-  Graph graph([&] { expect_ok(glimpse_cuda_compact(&p, call())); });
+  const glimpse_cuda_call* const how = call();
+  Graph graph([&] { expect_ok(glimpse_cuda_compact(&p, how)); });
   for (const size_t alive : {size_t{0}, size_t{40}, size_t{9}}) {
     auto entries = places(capacity, 11, 50);
     for (size_t i = alive; i < capacity; ++i) entries[i] = -1;

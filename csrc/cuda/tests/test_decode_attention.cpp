@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <utility>
 
 #include "cuda/tests/harness.h"
@@ -141,16 +142,21 @@ std::vector<float> in_bf16(const Problem& problem) {
   return found;
 }
 
+constexpr std::pair<int, int> kChips[] = {{90, 3}, {90, 132}, {80, 108}};
+constexpr std::pair<int, int> kSmallChips[] = {{86, 84}, {89, 128}, {120, 170}};  // 99 KiB of shared memory a block
+
 // By a cluster, by two kernels on a chip that has clusters and on one that has not.
-void check(const Sizes& sizes) {
+template <size_t N>
+void check(const Sizes& sizes, const std::pair<int, int> (&chips)[N]) {
   const Problem exact(sizes, false), coarse(sizes, true);
   const std::vector<float> wanted = exact.wanted(), wanted_coarse = coarse.wanted();
-  for (const auto& [capability, processors] : {std::pair<int, int>{90, 3}, {90, 132}, {80, 108}}) {
+  for (const auto& [capability, processors] : chips) {
     set_chip(capability, processors);
     expect_close(in_fp32(exact), wanted, 4e-6, "float32");
     expect_close(in_bf16(coarse), wanted_coarse, 1e-2, "bfloat16");
   }
 }
+void check(const Sizes& sizes) { check(sizes, kChips); }
 
 }  // namespace
 
@@ -179,6 +185,9 @@ TEST(decode_attention_out_of_line) {
   check({{150, 17}, 4, 2, 64, 64, 16, 1, 1});
   check({{150, 17}, 4, 2, 64, 64, 16, 1, 4});
 }
+TEST(decode_attention_little_shared_memory) {
+  for (const int64_t dim : {64, 128, 256}) check({{150, 33, 0}, 7, 1, dim, dim, 16}, kSmallChips);
+}
 TEST(decode_attention_long_tables) { check({{700, 3, 0}, 4, 2, 64, 64, 16, 200}); }
 
 TEST(decode_attention_row_alone) {
@@ -194,6 +203,32 @@ TEST(decode_attention_row_alone) {
       one.table = {all.table.begin() + b * all.max_blocks, all.table.begin() + (b + 1) * all.max_blocks};
       expect_equal(in_bf16(one), {together.begin() + b * size, together.begin() + (b + 1) * size}, "row alone");
     }
+  }
+}
+
+// Nothing waits between calls that share a workspace: what one still reads the next must not overwrite.
+TEST(decode_attention_one_after_the_other) {
+  const Problem problem({{700, 3, 250}, 4, 2, 64, 64, 16, 150}, false);
+  set_chip(90, 132);
+  glimpse_decode_attention_params p = problem.params();
+  const Buffer<float> q(problem.q), k(problem.k), v(problem.v);
+  const Buffer<int32_t> table(problem.table), lengths(problem.s.lengths);
+  p.k = k.data(), p.v = v.data(), p.block_table = table.data(), p.lengths = lengths.data();
+  const glimpse_cuda_call* const how = call(glimpse_cuda_decode_attention_workspace(&p));
+  expect(how->workspace_bytes > 0, "one launch: the workspace is not used");
+  // The answer to a call is the question of the next.
+  std::vector<std::unique_ptr<Buffer<float>>> outs;
+  p.q = q.data();
+  for (int i = 0; i < 6; ++i) {
+    outs.push_back(std::make_unique<Buffer<float>>(problem.q.size()));
+    p.out = outs.back()->data();
+    expect_ok(glimpse_cuda_decode_attention(&p, how));
+    p.q = p.out;
+  }
+  Problem expected = problem;
+  for (const auto& out : outs) {
+    expect_close(out->read(), expected.wanted(), 4e-6, "one after the other");
+    expected.q = out->read();
   }
 }
 

@@ -328,12 +328,13 @@ TEST(farthest_points_without_clusters) {
 }
 TEST(farthest_points_bound_far_above) {
   set_chip(90, 132);
-  // Many groups: from the shapes alone one could be far longer than it is, and its team has blocks without columns.
-  check_farthest(std::vector<int>(300, 121), std::vector<int>(300, 3), true);
+  // From the shapes alone a group could be far longer than it is: its team has blocks without columns.
+  check_farthest({121, 30}, {4, 2}, true, {-1, 9000, 9000 * 9000ll});
 }
 TEST(farthest_points_in_the_workspace) {
   set_chip(86, 50);
-  check_farthest({60, 3}, {6, 2}, true, {-1, 26000, 26000 * 26000ll});
+  // The running minimum, 96 KiB, would have room in shared memory alone; not beside the static variables.
+  check_farthest({60, 3}, {6, 2}, true, {-1, 24576, 24576 * 24576ll});
 }
 
 TEST(greedy_dpp_groups) {
@@ -380,8 +381,10 @@ TEST(drop_duplicates_groups) {
 }
 TEST(drop_duplicates_cluster) {
   set_chip(90, 132);
-  check_rounds({300}, {290}, {250}, 8);
-  check_rounds({129, 64}, {128, 63}, {80, 5}, 5);
+  check_rounds({132}, {130}, {122}, 8);  // eight blocks
+  set_chip(90, 4);
+  check_rounds({100}, {95}, {70}, 8);            // four
+  check_rounds({81, 40}, {80, 39}, {60, 5}, 5);  // two a group
 }
 TEST(drop_duplicates_in_the_workspace) {
   set_chip(86, 50);

@@ -88,7 +88,8 @@ struct Call {
     forced.write(c.forced);
     row_keep.write(c.row_keep);
   }
-  void launch() { expect_ok(glimpse_cuda_select_tokens(&p, call(glimpse_cuda_select_tokens_workspace(&p)))); }
+  void launch() { launch(call(glimpse_cuda_select_tokens_workspace(&p))); }
+  void launch(const glimpse_cuda_call* how) { expect_ok(glimpse_cuda_select_tokens(&p, how)); }
   void compare(const Result& wanted) {
     expect_equal(keep.read(), wanted.keep, "keep");
     expect_equal(counts.read(), wanted.counts, "counts");
@@ -156,22 +157,23 @@ TEST(select_tokens_one_group) {
   check({257}, 3);
   check({1023}, 3);
 }
-TEST(select_tokens_one_large_group) { check({4097}, 4); }
-TEST(select_tokens_group_beyond_the_registers) { check({9001}, 3); }
+TEST(select_tokens_one_large_group) { check({4097}, 1); }
+TEST(select_tokens_group_beyond_the_registers) { check({9001}, 1); }
 TEST(select_tokens_clusters) {
-  check({5, 300}, 4);
-  check({40, 0, 33}, 4);
-  check({7, 64, 1, 96, 128, 0, 31, 60}, 6);
+  check({5, 300}, 3);
+  check({40, 0, 33}, 3);
+  check({7, 64, 1, 96, 128, 0, 31, 60}, 4);
 }
-TEST(select_tokens_cluster_of_large_groups) { check({1100, 1200, 1300}, 2); }
+TEST(select_tokens_cluster_of_large_groups) { check({1030, 1040}, 1); }
 TEST(select_tokens_several_launches) {
   check({7, 64, 1, 96, 128, 0, 31, 60, 300}, 6);
-  check({3000, 3, 1100, 900, 1, 1, 900, 1500, 40}, 2);
+  check({3000, 3, 1100, 900, 1, 1, 900, 1500, 40}, 1);
 }
 TEST(select_tokens_without_clusters) {
   set_chip(80, 3);
   check({5, 300}, 2);
   check({40, 0, 33}, 4);
+  check({1100, 3, 2100}, 1);  // large blocks in several launches
 }
 TEST(select_tokens_nothing) {
   Case c;
@@ -187,7 +189,7 @@ TEST(select_tokens_nothing) {
 
 // All equal: the first ones stay, across warps, tiles and blocks.
 TEST(select_tokens_ties) {
-  for (const int32_t cap : {1, 31, 33, 640, 4096, 4100, 5000}) {
+  for (const int32_t cap : {33, 4100}) {
     Case c = drawn({5001}, 2, 2, false);
     std::fill(c.logits.begin(), c.logits.end(), 2.5f);
     c.caps = {cap};
@@ -242,7 +244,8 @@ TEST(select_tokens_replay) {
     for (int32_t& row : then.token_rows) row = static_cast<int32_t>(then.row_keep.size()) - 1 - row;
     then.cu_seqlens[1] = 5;
     Call run(first);
-    Graph graph([&] { run.launch(); });
+    const glimpse_cuda_call* const how = call(glimpse_cuda_select_tokens_workspace(&run.p));
+    Graph graph([&] { run.launch(how); });
     graph.replay();
     run.compare(expected(first));
     run.write(then);

@@ -23,11 +23,13 @@ typedef enum glimpse_status {
   GLIMPSE_INVALID = 1,       /* an argument is wrong */
   GLIMPSE_UNSUPPORTED = 2,   /* no kernel for this dtype or size */
   GLIMPSE_OUT_OF_MEMORY = 3, /* scratch memory could not be had */
+  GLIMPSE_DEVICE = 4,        /* the GPU or its driver refused a launch */
 } glimpse_status;
 
 typedef enum glimpse_dtype {
   GLIMPSE_FLOAT32 = 0,
   GLIMPSE_BFLOAT16 = 1,
+  GLIMPSE_FLOAT16 = 2, /* CUDA alone */
 } glimpse_dtype;
 
 /* Text of the last failure on this thread, "" if there was none. Valid until the next failure on this thread. */

@@ -2,7 +2,7 @@
 #ifndef GLIMPSE_COMPACT_H
 #define GLIMPSE_COMPACT_H
 
-#include "glimpse/common.h"
+#include "glimpse/cuda.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -27,7 +27,11 @@ typedef struct glimpse_compact_params {
   int64_t copy_count;
 } glimpse_compact_params;
 
+/* GLIMPSE_INVALID for an index or a slot outside of its rows. */
 GLIMPSE_API glimpse_status glimpse_compact(const glimpse_compact_params* p);
+/* An index or a slot outside of its rows is skipped, any negative one too: a device cannot say what is wrong. `copies` is host memory. One
+ * launch for 32 copies. */
+GLIMPSE_API glimpse_status glimpse_cuda_compact(const glimpse_compact_params* p, const glimpse_cuda_call* call);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
 #ifndef GLIMPSE_DECODE_ATTENTION_H
 #define GLIMPSE_DECODE_ATTENTION_H
 
-#include "glimpse/common.h"
+#include "glimpse/cuda.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -29,6 +29,12 @@ typedef struct glimpse_decode_attention_params {
 } glimpse_decode_attention_params;
 
 GLIMPSE_API glimpse_status glimpse_decode_attention(const glimpse_decode_attention_params* p);
+
+/* Here a key whose block_table entry names no block is not there, and a length beyond the table counts as max_blocks * block_size:
+ * neither is an error, as a device cannot raise one. Head dimensions up to 256. */
+GLIMPSE_API glimpse_status glimpse_cuda_decode_attention(const glimpse_decode_attention_params* p, const glimpse_cuda_call* call);
+/* batch, block_size, max_blocks, q_heads, kv_heads and v_dim alone are read. */
+GLIMPSE_API size_t glimpse_cuda_decode_attention_workspace(const glimpse_decode_attention_params* p);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
 #ifndef GLIMPSE_GLIMPSE_SCORES_H
 #define GLIMPSE_GLIMPSE_SCORES_H
 
-#include "glimpse/common.h"
+#include "glimpse/cuda.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -25,6 +25,7 @@ typedef struct glimpse_glimpse_scores_params {
 } glimpse_glimpse_scores_params;
 
 GLIMPSE_API glimpse_status glimpse_glimpse_scores(const glimpse_glimpse_scores_params* p);
+GLIMPSE_API glimpse_status glimpse_cuda_glimpse_scores(const glimpse_glimpse_scores_params* p, const glimpse_cuda_call* call);
 
 #ifdef __cplusplus
 }

@@ -2,7 +2,7 @@
 #ifndef GLIMPSE_PATCHIFY_H
 #define GLIMPSE_PATCHIFY_H
 
-#include "glimpse/common.h"
+#include "glimpse/cuda.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -34,6 +34,8 @@ typedef struct glimpse_patchify_params {
 } glimpse_patchify_params;
 
 GLIMPSE_API glimpse_status glimpse_patchify(const glimpse_patchify_params* p);
+/* GLIMPSE_UNSUPPORTED where the picture would have to be resized. */
+GLIMPSE_API glimpse_status glimpse_cuda_patchify(const glimpse_patchify_params* p, const glimpse_cuda_call* call);
 
 #ifdef __cplusplus
 }

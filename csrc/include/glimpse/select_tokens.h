@@ -2,7 +2,7 @@
 #ifndef GLIMPSE_SELECT_TOKENS_H
 #define GLIMPSE_SELECT_TOKENS_H
 
-#include "glimpse/common.h"
+#include "glimpse/cuda.h"
 
 #ifdef __cplusplus
 extern "C" {
@@ -28,6 +28,8 @@ typedef struct glimpse_select_tokens_params {
 } glimpse_select_tokens_params;
 
 GLIMPSE_API glimpse_status glimpse_select_tokens(const glimpse_select_tokens_params* p);
+GLIMPSE_API glimpse_status glimpse_cuda_select_tokens(const glimpse_select_tokens_params* p, const glimpse_cuda_call* call);
+GLIMPSE_API size_t glimpse_cuda_select_tokens_workspace(const glimpse_select_tokens_params* p); /* tokens, groups and rows alone are read */
 
 #ifdef __cplusplus
 }
