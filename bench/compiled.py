@@ -13,19 +13,7 @@ import triton
 from rich.table import Table
 
 from bench.fake_driver import PTXAS_LOG, Launched
-
-REGISTERS = 65536
-"""32-bit registers of a multiprocessor."""
-
-WARP_REGISTERS = 256
-"""A warp's registers are handed out in such pieces."""
-
-SHARED: Mapping[int, int] = {80: 163, 90: 227, 100: 227}
-"""KiB of shared memory one program can have, by capability. 8.6, 8.9 and 12.x, which take the kernels for 8.0, have 99."""
-
-SHARED_SMALL = 99
-SHARED_TOTAL: Mapping[int, int] = {80: 164, 90: 228, 100: 228}
-WARPS = 64
+from bench.occupancy import SHARED, SHARED_SMALL, markdown_table, resident
 
 FEATURES: Mapping[str, str] = {
     "wgmma": r"wgmma\.mma_async",
@@ -73,10 +61,7 @@ class Compiled:
     @property
     def resident(self) -> int:
         """Programs of it a multiprocessor holds at once."""
-        warp = -(-32 * self.registers // WARP_REGISTERS) * WARP_REGISTERS
-        by_registers = REGISTERS // max(1, warp * self.warps)
-        by_shared = 1024 * SHARED_TOTAL.get(self.arch, SHARED_TOTAL[80]) // (self.shared + 1024)
-        return min(32, WARPS // self.warps, by_registers, by_shared)
+        return resident(self.arch, self.registers, self.shared, self.warps)
 
     @property
     def spilled(self) -> int:
@@ -244,7 +229,5 @@ def markdown(kernels: Sequence[Compiled]) -> str:
     for kernel in _sorted(kernels):
         by_op.setdefault(kernel.home, []).append(kernel)
     for op, group in by_op.items():
-        lines += [f"## {op}", "", f"| {' | '.join(HEADS)} |", f"|{' --- |' * 4}{' ---: |' * 6}{' --- |' * 2}"]
-        lines += [f"| {' | '.join(_cells(kernel))} |" for kernel in group]
-        lines.append("")
+        lines += [f"## {op}", "", *markdown_table(HEADS, 4, 10, [_cells(kernel) for kernel in group]), ""]
     return "\n".join(lines)

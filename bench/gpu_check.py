@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything a GPU can tell about the kernels, in one run of under nine minutes, with nothing installed or downloaded.
+The extension with the CUDA C++ kernels is built first, where nvcc and cmake are there (`bench.gpu_build`).
 
-python3 -m bench.gpu_check                            tests, proofs, ceilings, benchmark, report
+python3 -m bench.gpu_check                            build, tests, proofs, ceilings, benchmark, report
 python3 -m bench.gpu_check --only attention,compact   some ops: for tuning
 python3 -m bench.gpu_check --rehearse                 the whole flow on a CPU, interpreted and tiny
 
@@ -11,13 +12,13 @@ Each step has its own process and time limit; what fails is written into the rep
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,21 +28,29 @@ from typing import Annotated, Any, TypeVar
 import torch
 import typer
 
-from bench import gpu_facts, gpu_status, gpu_targets, gpu_tests, ops_gpu
-from bench.gpu_facts import ROOT, slug
+from bench import choices, gpu_build, gpu_facts, gpu_native, gpu_status, gpu_targets, gpu_tests, ops_gpu
+from bench.gpu_facts import GPU_BACKENDS, ROOT, slug
 from bench.gpu_worker import SHAPES, Job
+from glimpse_kernels import dispatch, measured
 
 SECONDS = 520.0
-TESTS_SHARE = 0.56
+BUILD_SHARE = 0.25
+"""Of the whole, at most, for the extension: on the 16 cores of a GPU machine it takes less than a tenth."""
+TESTS_SHARE = 0.58
 """Of the whole, at most; the benchmark gets what is left."""
+NATIVE_SHARE = 0.46
+"""Until when the C++ unit tests and compute-sanitizer may go on beside them: they must not keep a benchmark waiting."""
 TESTS_ALONE = 0.95
 """The same where no benchmark follows."""
 CEILING_SECONDS = 45.0
-CHOICE_SECONDS = 60.0
+CHOICE_SECONDS = 70.0
+CHOICE_SPARE = 20.0
+"""For the start of the program that measures choices, and the call that is under way when its time is over."""
 WRITING_SECONDS = 8.0
 WARMERS = 4
 """Processes that compile the benchmark's kernels into Triton's cache while the tests run."""
-REHEARSED = ("swiglu", "rms_norm")
+REHEARSED = ("swiglu", "rms_norm", "patchify")
+REHEARSED_CHOICES = ("patchify", "attention")
 T = TypeVar("T")
 
 
@@ -50,6 +59,7 @@ class Places:
     """Where things are written. In a rehearsal all are in a folder of their own."""
 
     proof: Path
+    measured: Path
     results: Path
     page: Path
     out: Path | None
@@ -102,6 +112,32 @@ class Check:
             f"{facts['device']}, torch {facts.get('torch')}, CUDA {facts.get('cuda')}, "
             f"{facts.get('packages')}, {gpu_facts.origin(facts)}"
         )
+
+    def build(self) -> bool:
+        """The extension for this GPU and this Python. False if the sources do not compile, or what they compile to does not run; a
+        tool that is missing is noted."""
+        if self.rehearse or not gpu_build.wanted(self.ops):
+            return True
+        done = gpu_build.build(gpu_build.here(), self.at(BUILD_SHARE))
+        self.report["build"] = done.record()
+        self.say(done.line())
+        if not done.made or done.idle:
+            self.note(f"build: {done.why or done.idle}")
+        return done.missing or (done.made and not done.idle)
+
+    def native(self) -> bool:
+        """The C++ unit tests on the device, also under compute-sanitizer; beside the Python tests, as nothing is timed then."""
+        if self.rehearse or not gpu_build.wanted(self.ops):
+            return True
+        until = self.at(TESTS_ALONE if self.alone else NATIVE_SHARE)
+        done = gpu_native.build_and_check(gpu_build.here(), until, self.say)
+        self.report["native"] = done.record()
+        if done.why:
+            self.say(f"C++ unit tests: {done.why}")
+        for one in done.runs:
+            if one.fine is False:
+                self.note(f"C++ unit tests, {one.how}: {one.words}: {one.said[:300]}")
+        return done.fine
 
     def tests(self) -> gpu_tests.Run:
         folder = self.places.scratch / "tests"
@@ -180,22 +216,36 @@ class Check:
             f"copy {(found.get('copy_bytes_s') or 0) / 1e12:.2f} TB/s, bf16 product {gemm / 1e12:.0f} TFLOP/s"
         )
 
-    def attention_choice(self) -> None:
-        """Who computes `attention` on this GPU: measured by a program of its own, if there is one."""
-        wanted = not self.ops or "attention" in self.ops
-        if self.rehearse or not wanted or importlib.util.find_spec("bench.attention_choice") is None:
+    def choices(self) -> None:
+        """Which of several proven kernels serves on this GPU: measured by a program of its own."""
+        ops = [
+            op
+            for op in (REHEARSED_CHOICES if self.rehearse else self.ops or choices.names())
+            if op in choices.names()
+        ]
+        if not ops:
             return
+        patience = ops_gpu.PATIENCE if self.rehearse else 1.0
+        record, seconds = self.places.measured, CHOICE_SECONDS * patience
+        command = [
+            sys.executable,
+            "-m",
+            "bench.choices",
+            *ops,
+            "--seconds",
+            f"{seconds:.0f}",
+            "--output",
+            str(record),
+        ]
         done = subprocess.run(
-            [sys.executable, "-m", "bench.attention_choice"], cwd=ROOT, env=ops_gpu.environment(False),
-            capture_output=True, text=True, timeout=CHOICE_SECONDS, check=False,
+            [*command, *(["--rehearse"] if self.rehearse else [])], cwd=ROOT, env=ops_gpu.environment(self.rehearse),
+            capture_output=True, text=True, timeout=seconds + CHOICE_SPARE * patience, check=False,
         )  # fmt: skip
-        self.report["attention_choice"] = {
-            "status": done.returncode,
-            "said": (done.stdout + done.stderr)[-3000:],
-        }
+        self.report["choices"] = {"status": done.returncode, "said": done.stdout.splitlines()}
+        wrong = [line for line in done.stdout.splitlines() if line.startswith(choices.WRONG)]
         if done.returncode:
-            self.note(f"attention_choice: status {done.returncode}: {done.stderr[-300:]}")
-        self.written.append(ROOT / "glimpse_kernels" / "attention" / "measured.json")
+            self.note(f"choices: status {done.returncode}: {' / '.join(wrong) or done.stderr[-300:]}")
+        self.written.append(record)
 
     def bench(self) -> None:
         folder = self.places.scratch / "bench"
@@ -226,9 +276,9 @@ class Check:
             if what != "proven":
                 self.say(f"{name}: {what}")
         for row in self.report.get("rows") or []:
-            if row.get("fault"):
+            for fault in ops_gpu.faults(row):
                 self.say(
-                    f"no figure: {row.get('op')}: {row.get('case') or row.get('label')} ({row.get('shape')}): {row['fault']}"
+                    f"no figure: {row.get('op')}: {row.get('case') or row.get('label')} ({row.get('shape')}): {fault}"
                 )
         for problem in self.report.get("problems") or []:
             self.say(f"problem: {problem[:300]}")
@@ -253,7 +303,7 @@ class Check:
         self.written.append(file)
 
     def page(self) -> None:
-        gpu_status.write(self.places.page, self.places.proof, self.places.results)
+        gpu_status.write(self.places.page, self.places.proof, self.places.results, self.places.measured)
         self.written.append(self.places.page)
 
     def collect(self) -> None:
@@ -274,11 +324,23 @@ class Check:
 def places(rehearse: bool, out: Path | None, scratch: Path) -> Places:
     if not rehearse:
         return Places(
-            ROOT / "glimpse_kernels" / "proof.json", gpu_status.RESULTS, gpu_status.PAGE, out, scratch
+            ROOT / "glimpse_kernels" / "proof.json",
+            measured.RECORD,
+            gpu_status.RESULTS,
+            gpu_status.PAGE,
+            out,
+            scratch,
         )
     made = scratch / "repository"
     (made / "docs").mkdir(parents=True)
-    return Places(made / "proof.json", made / "results", made / "docs" / "gpu-status.md", out, scratch)
+    return Places(
+        made / "proof.json",
+        made / "measured.json",
+        made / "results",
+        made / "docs" / "gpu-status.md",
+        out,
+        scratch,
+    )
 
 
 def run(check: Check, skip_tests: bool, skip_bench: bool) -> bool:
@@ -288,9 +350,15 @@ def run(check: Check, skip_tests: bool, skip_bench: bool) -> bool:
     partial = bool(check.ops) or skip_tests or skip_bench
     check.alone, fine = skip_bench, True
     try:
+        fine = bool(check.step("build", check.build))
         if not skip_tests:
+            native: list[bool] = []
+            beside = threading.Thread(target=lambda: native.append(bool(check.step("native", check.native))))
+            beside.start()
             found = check.step("tests", check.tests)
-            fine = found is not None and found.fine and check.report.get("runtime", {"fine": True})["fine"]
+            beside.join()
+            whole = check.report.get("runtime", {"fine": True})["fine"]
+            fine = fine and all(native) and whole and found is not None and found.fine
             if found is not None:
                 check.step("proofs", lambda: check.proofs(found))
         check.step(
@@ -299,7 +367,7 @@ def run(check: Check, skip_tests: bool, skip_bench: bool) -> bool:
         check.step("collect", check.collect)
         if not skip_bench:
             check.step("ceilings", check.ceilings)
-            check.step("attention_choice", check.attention_choice)
+            check.step("choices", check.choices)
             check.step("bench", check.bench)
             check.step("targets", check.targets)
     finally:
@@ -324,7 +392,7 @@ def main(
     ] = False,
 ) -> None:
     """Tests, proofs, ceilings and benchmark on the GPU of this machine."""
-    known = [row.op for row in gpu_status.dispatch.support_table() if row.backend in gpu_status.GPU_BACKENDS]
+    known = list(dict.fromkeys(row.op for row in dispatch.support_table() if row.backend in GPU_BACKENDS))
     ops = tuple(op for op in only.split(",") if op)
     for op in ops:
         if op not in known:

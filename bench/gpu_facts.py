@@ -9,6 +9,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Iterable
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,15 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+GPU_BACKENDS = ("triton", "cuda")
 REHEARSAL = "rehearsal on a CPU"
 PACKAGES = ("triton", "transformers", "numpy", "flash-attn")
 SMI = (
     "name", "driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw",
     "power.limit", "temperature.gpu", "memory.total",
 )  # fmt: skip
+KERNELS = ("glimpse_kernels", "csrc", "cmake", "CMakeLists.txt")
+"""Where the sources of the kernels lie."""
 MOVING = ("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
@@ -53,19 +57,33 @@ def nvcc() -> str | None:
     return found[1] if found else None
 
 
-def sources(root: Path = ROOT) -> str:
-    """Hash of the Python sources of the kernels: what ran, whatever the version control says."""
+def _digest(root: Path, files: Iterable[Path]) -> str:
     digest = hashlib.sha256()
-    for file in sorted((root / "glimpse_kernels").rglob("*.py")):
+    for file in sorted(files):
         digest.update(file.relative_to(root).as_posix().encode())
         digest.update(file.read_bytes())
     return digest.hexdigest()[:12]
 
 
+def _native(root: Path) -> list[Path]:
+    found = [file for folder in ("csrc", "cmake") for file in (root / folder).rglob("*") if file.is_file()]
+    return [*found, *root.glob("CMakeLists.txt")]
+
+
+def native_sources(root: Path = ROOT) -> str:
+    """Hash of what the extension is built from."""
+    return _digest(root, _native(root))
+
+
+def sources(root: Path = ROOT) -> str:
+    """Hash of the sources of the kernels: what ran, whatever the version control says."""
+    return _digest(root, [*(root / "glimpse_kernels").rglob("*.py"), *_native(root)])
+
+
 def commit(root: Path = ROOT) -> str:
     """From git, "-dirty" if kernels were changed since; else the variable GLIMPSE_COMMIT; else empty."""
     found = run("git", "rev-parse", "--short=12", "HEAD", cwd=root) if (root / ".git").exists() else ""
-    if found and run("git", "status", "--porcelain", "--", "glimpse_kernels", cwd=root):
+    if found and run("git", "status", "--porcelain", "--", *KERNELS, cwd=root):
         found += "-dirty"
     return found or os.environ.get("GLIMPSE_COMMIT", "").strip()
 

@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 import torch
 
+from bench.gpu_facts import GPU_BACKENDS
+
 MARK = "gpu"
 ARENA = "tests.kernels.arena"
 LOST = 70
@@ -35,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         help="large: tests that use the arena",
     )
     group.addoption(
-        "--gpu-rehearse", type=int, default=0, help="interpreted: this many tests an op and dtype"
+        "--gpu-rehearse", type=int, default=0, help="interpreted: this many tests an op, backend and dtype"
     )
 
 
@@ -44,13 +46,15 @@ def about(item: pytest.Item) -> dict[str, Any] | None:
     case = getattr(getattr(item, "callspec", None), "params", {}).get("kernel")
     marked = item.get_closest_marker(MARK) is not None
     backend = getattr(case, "backend", None)
-    if not marked and not (item.config.getoption("--gpu-rehearse") and backend == "triton"):
+    if not marked and not (item.config.getoption("--gpu-rehearse") and backend in GPU_BACKENDS):
         return None
     dtype = getattr(case, "dtype", None)
+    stem = item.path.stem.removeprefix("test_")
+    named = next((b for b in GPU_BACKENDS if stem.endswith(f"_{b}")), None)
     return {
         "test": item.nodeid,
-        "op": getattr(case, "op", None) or item.path.stem.removeprefix("test_"),
-        "backend": backend or "triton",
+        "op": getattr(case, "op", None) or stem.removesuffix(f"_{named}"),
+        "backend": backend or named or "triton",
         "dtype": str(dtype).removeprefix("torch.") if dtype is not None else None,
     }
 
@@ -85,17 +89,22 @@ def _names(function: Any) -> set[str]:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    from glimpse_kernels import _cuda  # not before conftest.py has set the environment
+
     wanted = {op for op in config.getoption("--gpu-ops").split(",") if op}
     limit, memory = config.getoption("--gpu-rehearse"), config.getoption("--gpu-memory")
-    counts: dict[tuple[str, str | None], int] = {}
+    absent = (
+        ["cuda"] if _cuda.missing() else []
+    )  # `bench.gpu_check` says why: it built the extension, or could not
+    counts: dict[tuple[str, str, str | None], int] = {}
     kept: list[pytest.Item] = []
     for item in items:
         facts = about(item)
-        if facts is None or (wanted and facts["op"] not in wanted):
+        if facts is None or (wanted and facts["op"] not in wanted) or facts["backend"] in absent:
             continue
         if memory != "any" and large(item) is not (memory == "large"):
             continue
-        kind = facts["op"], facts["dtype"]
+        kind = facts["op"], facts["backend"], facts["dtype"]
         counts[kind] = counts.get(kind, 0) + 1
         if not limit or counts[kind] <= limit:
             kept.append(item)

@@ -13,7 +13,9 @@ from typing import Any
 
 MODEL = "7b"
 PICTURE = "7b 64x64"  # `Sizes.name` of `bench.gpu_worker.TARGET_SHAPE`
-SHOWN = (MODEL, PICTURE, "1792 px")
+PIXELS = "1792 px"
+"""The same picture in rows that depend on nothing else."""
+SHOWN = (MODEL, PICTURE, PIXELS)
 FA2 = "FA2"
 """What the names of contenders begin with that are torch's own FlashAttention-2."""
 LOOP = "loop of windows"
@@ -29,6 +31,12 @@ WINDOWS = "vision, windows, beside a loop"
 FULL = "vision, full, 16k patches"
 DECODE = "64 rows, 8k tokens each"
 TOGETHER = "with compact"
+SIXTEEN = "16 pictures"
+ALL_STAY = "keys, values, hidden, all rows stay"
+SMALL = "keys, values, hidden, 128 rows"
+GATHERS = "beside boolean gathers"
+BOOLEAN = "boolean gathers"
+"""What the names of contenders begin with that index with a mask, as GlimpsePrune's own code does."""
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,22 @@ TARGETS: tuple[Target, ...] = (
     Target(
         "select_tokens + compact, 4096 tokens, 19 layers", 25, False, "us",
         lambda rows, _: 1e6 * rows["select_tokens", TOGETHER, PICTURE]["ours_s"],
+    ),
+    Target(
+        "select_tokens, 16 pictures of 4096 tokens", 10, False, "us",
+        lambda rows, _: 1e6 * rows["select_tokens", SIXTEEN, PIXELS]["ours_s"],
+    ),
+    Target(
+        "compact, all of 4157 rows, 19 layers, of copy bandwidth", 70, True, "%",
+        lambda rows, c: 100 * rows["compact", ALL_STAY, PICTURE]["rate"] / c["copy_bytes_s"],
+    ),
+    Target(
+        "compact, 128 rows, 19 layers", 10, False, "us",
+        lambda rows, _: 1e6 * rows["compact", SMALL, MODEL]["ours_s"],
+    ),
+    Target(
+        "compact, 19 layers, over boolean gathers", 20, True, "x",
+        lambda rows, _: _over(rows["compact", GATHERS, PICTURE], BOOLEAN),
     ),
     Target(
         "vip, 4096 tokens", 0.6, False, "ms",

@@ -207,9 +207,9 @@ def together(run: Run) -> dict[tuple[str, str], Tally]:
 
 def verdicts(run: Run, rehearse: bool = False) -> dict[tuple[str, str], str]:
     """(op, backend) → why it is not proven; empty where it is: every test of its folder ran and passed, in every dtype."""
-    found = {}
+    found, table = {}, dispatch.support_table()
     for key, tally in together(run).items():
-        row = next((r for r in dispatch.support_table() if (r.op, r.backend) == key), None)
+        row = next((r for r in table if (r.op, r.backend) == key), None)
         wanted = (
             set()
             if row is None or row.dtypes is None
@@ -220,7 +220,7 @@ def verdicts(run: Run, rehearse: bool = False) -> dict[tuple[str, str], str]:
         why = ""
         if row is None:
             why = "not in the support table"
-        elif any(_about(file, row) for file in run.broken):
+        elif any(_about(file, row) or not any(_about(file, r) for r in table) for file in run.broken):
             why = "a test file could not be collected"
         elif tally.failed:
             why = f"{tally.failed} failed"

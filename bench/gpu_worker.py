@@ -21,12 +21,14 @@ from typing import Any
 
 import torch
 
-from bench.gate import judge
+from bench.backends import backends, forced, usable
+from bench.gate import Gate
 from bench.gpu_timing import CudaWatch, HostWatch, Watch, words
 from bench.op_registry import REGISTRY, TINY, Case, Sizes, sizes
 from glimpse_kernels import _triton, dispatch
 
-OURS = "ours"
+OURS = "ours, "
+"""What the names of our backends begin with among the contenders."""
 SHAPES = (("7b", 64), ("3b", 32), ("7b", 32), ("3b", 64), ("7b", 128))
 """Model and image tokens along an edge, the most telling first: 1792, 896 and 3584 pixels."""
 TARGET_SHAPE = SHAPES[0]
@@ -40,7 +42,7 @@ LOST = 3
 class Job:
     """What to measure. ops: all if empty. shapes: of `SHAPES`. start: row to begin with. rehearse: on a CPU, tiny.
 
-    warm: only build the rows and call ours once, those with number % parts == part; for the compiler's cache.
+    warm: only build the rows and call the Triton kernels once, those with number % parts == part; for the compiler's cache.
     """
 
     ops: tuple[str, ...] = ()
@@ -81,15 +83,21 @@ def written(op: str) -> bool:
     return bool(rows) and importlib.util.find_spec(f"glimpse_kernels.{rows[0].folder}.triton") is not None
 
 
+def kernels(op: str, device: str) -> tuple[str, ...]:
+    """The op's backends to measure: those that run here. Triton's where none does, so that the row says why."""
+    return usable(op, device) or tuple(name for name in backends(op) if name == "triton")
+
+
 def cases(job: Job) -> list[Case]:
-    """Rows with a Triton kernel, in the order of the shapes; those behind targets come first, the many products later."""
+    """Rows with a kernel, in the order of the shapes; those behind targets come first, the many products later."""
     shapes: Sequence[Sizes] = [TINY] if job.rehearse else [sizes(name, side) for name, side in job.shapes]
     dtype = torch.float32 if job.rehearse else torch.bfloat16
     firsts = {size.model: size for size in reversed(shapes)}
     found = [
         case
         for case in REGISTRY.cases(job.ops, shapes, [dtype], "gpu")
-        if written(case.row.op) and (case.row.op not in PRODUCTS or case.sizes is firsts[case.sizes.model])
+        if kernels(case.row.op, "cpu" if job.rehearse else "cuda")
+        and (case.row.op not in PRODUCTS or case.sizes is firsts[case.sizes.model])
     ]
     order = {size: number for number, size in enumerate(shapes)}
     late = {op: 2.5 for op in PRODUCTS}
@@ -118,40 +126,59 @@ def free() -> None:
 
 
 def measure(case: Case, watch: Watch, job: Job) -> dict[str, Any]:
-    """One row: built, checked and, if right, timed. Without figures if its result is off."""
+    """One row: built, checked and, if right, timed, by every backend that the op has here (`backends`). The row's own figures are
+    those of the fastest one; without figures if no result is right."""
     began = time.perf_counter()
     row: dict[str, Any] = {
-        "op": case.row.op, "case": case.row.what, "shape": case.shape_name, "dtype": case.dtype_name, "backend": "triton",
+        "op": case.row.op, "case": case.row.what, "shape": case.shape_name, "dtype": case.dtype_name,
     }  # fmt: skip
     work = case.build()
     dropped: dict[str, str] = {}
-    verdict = judge(work, case.dtype, dropped)
+    gate = Gate(work, case.dtype, dropped)
     if dropped:
         row["dropped"] = dropped
+    each: dict[str, dict[str, Any]] = {}
+    for backend in kernels(case.row.op, "cpu" if job.rehearse else "cuda"):
+        ours = case.build().ours if each else work.ours  # into buffers that no other backend has written to
+        verdict = gate.check(forced(backend, ours))
+        del ours
+        free()
+        each[backend] = {
+            "fault": verdict.fault or None,
+            "error": None if isnan(verdict.error) else verdict.error,
+            "allowed": verdict.allowed,
+        }
+    del gate
     free()
-    row |= {
-        "fault": verdict.fault or None,
-        "error": None if isnan(verdict.error) else verdict.error,
-        "allowed": verdict.allowed,
-    }
+    right = {OURS + name: forced(name, work.ours) for name, found in each.items() if not found["fault"]}
     checked = time.perf_counter()
-    if not verdict.fault:
-        contenders = {name: call for name, call in work.contenders().items() if name not in dropped}
-        timed = watch.interleaved({OURS: work.ours, **contenders}, rounds=job.rounds, seconds=job.seconds)
-        ours, others = timed.pop(OURS), timed
-        by = min(others, key=lambda name: others[name].median)
+    if right:
+        others = {name: call for name, call in work.contenders().items() if name not in dropped}
+        timed = watch.interleaved({**right, **others}, rounds=job.rounds, seconds=job.seconds)
+        for name in right:
+            each[name.removeprefix(OURS)] |= timed[name].record()
+        best = min(right, key=lambda name: timed[name].median)
+        by = min(others, key=lambda name: timed[name].median)
+        backend, ours_s, torch_s = best.removeprefix(OURS), timed[best].median, timed[by].median
+        with dispatch.force_backend(backend):
+            eager_s = watch.eager(work.ours)
         row |= {
-            "ours_s": ours.median,
-            "ours": ours.record(),
-            "eager_s": watch.eager(work.ours),
-            "torch_s": others[by].median,
+            "backend": backend,
+            "error": each[backend]["error"],
+            "allowed": each[backend]["allowed"],
+            "ours_s": ours_s,
+            "ours": timed[best].record(),
+            "eager_s": eager_s,
+            "torch_s": torch_s,
             "torch_by": by or "torch",
-            "ratio": others[by].median / ours.median,
-            "contenders": {name or "torch": t.record() for name, t in others.items()},
+            "ratio": torch_s / ours_s,
+            "contenders": {name or "torch": timed[name].record() for name in others},
             "amount": work.amount,
             "unit": work.unit,
-            "rate": work.amount / ours.median,
+            "rate": work.amount / ours_s,
         }
+    faults = [f"{name}: {found['fault']}" for name, found in each.items() if found["fault"]]
+    row |= {"fault": None if right else "; ".join(faults), "backends": each}
     row["took_s"] = [round(checked - began, 2), round(time.perf_counter() - checked, 2)]
     return row
 
@@ -174,6 +201,8 @@ def main(job: Job, lines: Path) -> int:
         tell({"rows": len(todo), "interpreting": _triton.interpreting()})
         for number, case in enumerate(todo):
             if number < job.start or number % job.parts != job.part:
+                continue
+            if job.warm and not written(case.row.op):
                 continue
             tell({"begin": number, "label": case.label})
             try:

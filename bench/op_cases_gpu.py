@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import glimpse_kernels as kernels
-from bench.gpu_targets import CAUSAL, DECODE, FA2, FULL, LOOP, TOGETHER, WINDOWS
+from bench.gpu_targets import BOOLEAN, CAUSAL, DECODE, FA2, FULL, LOOP, TOGETHER, WINDOWS
 from bench.op_cases import _decode, nbytes
 from bench.op_registry import REGISTRY, Results, Sizes, Work
 from glimpse_kernels.attention.naive import attention as naive_attention
@@ -214,6 +214,16 @@ def select_and_compact(s: Sizes, dtype: torch.dtype) -> Work:
         torch.index_select(hidden, 0, index, out=theirs[2])
         return (keep, index.int(), *theirs)
 
+    def boolean() -> Results:
+        best = logits.topk(s.kept_image).indices
+        keep = torch.zeros(n, dtype=torch.bool).scatter_(0, best, True)
+        stays = keep_row.clone()
+        stays[s.text // 4 : s.text // 4 + n] = keep
+        for layer in range(s.cached):
+            theirs[0][layer].index_copy_(0, long_slots, k[layer][stays])
+            theirs[1][layer].index_copy_(0, long_slots, v[layer][stays])
+        return (keep, stays.nonzero()[:, 0].int(), theirs[0], theirs[1], hidden[stays])
+
     def truth() -> Results:
         found = naive_select(logits, groups, **options)  # type: ignore[arg-type]
         naive_compact(found.index, slots, k, v, right[0], right[1], [(hidden, right[2])])
@@ -221,4 +231,7 @@ def select_and_compact(s: Sizes, dtype: torch.dtype) -> Work:
 
     moved = 2 * capacity * (2 * nbytes(k) // s.rows + nbytes(hidden) // s.rows)
     amount = moved + nbytes(logits, rows, keep_row, slots) + n + 4 * capacity
-    return Work(ours, plain, truth, amount, "byte", tolerance=0.0, plain_name="topk, index_select a layer")
+    return Work(
+        ours, plain, truth, amount, "byte", tolerance=0.0, plain_name="topk, index_select a layer",
+        others={f"{BOOLEAN}, a layer at a time": boolean},
+    )  # fmt: skip

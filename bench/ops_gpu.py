@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every Triton kernel against plain torch on a GPU, at the sizes of whole models: checked first, then timed.
+"""Every GPU kernel, in Triton and in CUDA C++, against plain torch on a GPU, at the sizes of whole models: checked first, then timed.
 
 python -m bench.ops_gpu                                all ops, 7b and 3b, pictures of 32, 64 and 128 tokens a side
 python -m bench.ops_gpu attention --shape 7b --side 64
@@ -51,13 +51,14 @@ class Measured:
 
 
 def environment(rehearse: bool) -> dict[str, str]:
-    """For child processes: the interpreter exactly in rehearsals, the sources of this checkout."""
+    """For child processes: the interpreter and the emulation exactly in rehearsals, the sources of this checkout."""
     env = dict(os.environ, HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", PYTHONUNBUFFERED="1")
     env.pop("TRITON_INTERPRET", None)
+    env.pop("GLIMPSE_CUDA_EMULATED", None)
     env.pop("GLIMPSE_BACKEND", None)
     env.pop("PYTEST_XDIST_WORKER", None)  # where a test started this: `bench.gpu_pytest` asks it
     if rehearse:
-        env["TRITON_INTERPRET"] = "1"
+        env["TRITON_INTERPRET"] = env["GLIMPSE_CUDA_EMULATED"] = "1"
     env["PYTHONPATH"] = os.pathsep.join(p for p in (str(ROOT), env.get("PYTHONPATH", "")) if p)
     return env
 
@@ -153,9 +154,25 @@ def _line(row: Mapping[str, Any]) -> str:
         return f"NO FIGURE {row.get('label') or name}: {row['fault']}"
     how = row["ours"]["how"]
     return (
-        f"{name}: {1e6 * row['ours_s']:.1f} us ({how}), {row['torch_by']} {1e6 * row['torch_s']:.1f} us, "
+        f"{name}: {each(row)} us ({how}), {row['torch_by']} {1e6 * row['torch_s']:.1f} us, "
         f"x {row['ratio']:.2f}, {row['rate'] / 1e12:.3f} T{row['unit']}/s, eager {1e6 * row['eager_s']:.0f} us"
     )
+
+
+def each(row: Mapping[str, Any]) -> str:
+    """Every backend with its microseconds, the fastest first."""
+    found = row.get("backends") or {row.get("backend", "triton"): row["ours"]}
+    timed = sorted((f["s"], name) for name, f in found.items() if "s" in f)
+    wrong = [f"{name} WRONG" for name, f in found.items() if f.get("fault")]
+    return ", ".join([*(f"{name} {micro(s)}" for s, name in timed), *wrong])
+
+
+def faults(row: Mapping[str, Any]) -> list[str]:
+    """What keeps this row, or one of its backends, from having a figure."""
+    if row.get("fault"):
+        return [str(row["fault"])]
+    backends: Mapping[str, Mapping[str, Any]] = row.get("backends") or {}
+    return [f"{name}: {found['fault']}" for name, found in backends.items() if found.get("fault")]
 
 
 def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> Table:
@@ -166,6 +183,7 @@ def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> Tab
         "case",
         "shape",
         "us",
+        "by backend",
         "p20-p80",
         "eager us",
         "torch us",
@@ -175,10 +193,12 @@ def table(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> Tab
         "of ceiling",
     ):
         found.add_column(
-            name, no_wrap=True, justify="left" if name in ("op", "case", "shape", "by") else "right"
+            name,
+            no_wrap=True,
+            justify="left" if name in ("op", "case", "shape", "by backend", "by") else "right",
         )
     for row in rows:
-        found.add_row(*cells(row, ceilings), style="red" if row.get("fault") else None)
+        found.add_row(*cells(row, ceilings), style="red" if faults(row) else None)
     return found
 
 
@@ -190,15 +210,16 @@ def cells(row: Mapping[str, Any], ceilings: Mapping[str, Any]) -> list[str]:
             str(row.get("case") or row.get("label")),
             str(row.get("shape", "")),
             "none",
-            *[""] * 7,
+            *[""] * 8,
         ]
     most = gpu_ceilings.of(dict(ceilings), row["unit"], row["dtype"])
     unit = "TB/s" if row["unit"] == "byte" else "TFLOP/s"
-    ours = row["ours"]
+    ours, several = row["ours"], len(row.get("backends") or ()) > 1
     return [
         row["op"], row["case"], row["shape"],
         micro(row["ours_s"]) + ("" if ours["how"] == "graph" else f" ({ours['how']})"),
-        f"{micro(ours['p20'])}-{micro(ours['p80'])}", micro(row["eager_s"]), micro(row["torch_s"]), row["torch_by"],
+        each(row) if several else "", f"{micro(ours['p20'])}-{micro(ours['p80'])}",
+        micro(row["eager_s"]), micro(row["torch_s"]), row["torch_by"],
         f"{row['ratio']:.2f}", f"{row['rate'] / 1e12:.3g} {unit}", f"{100 * row['rate'] / most:.0f} %" if most else "",
     ]  # fmt: skip
 
@@ -230,7 +251,7 @@ def main(
             f"expected one of {SHAPES}; found {shape}, {side}", param_hint="--shape, --side"
         )
     job = Job(ops=tuple(ops or ()), shapes=shapes, rehearse=rehearse)
-    console = Console() if sys.stdout.isatty() else Console(width=200)
+    console = Console() if sys.stdout.isatty() else Console(width=230)
     if listing:
         for case in cases(job):
             console.print(case.label, highlight=False)
@@ -248,9 +269,7 @@ def main(
         output.write_text(
             json.dumps({"ceilings": ceilings, "rows": done.rows, "notes": done.notes}, indent=1) + "\n"
         )
-    if any(not note.startswith(OUT_OF_TIME) for note in done.notes) or any(
-        row.get("fault") for row in done.rows
-    ):
+    if any(not note.startswith(OUT_OF_TIME) for note in done.notes) or any(faults(row) for row in done.rows):
         raise typer.Exit(1)
 
 

@@ -74,7 +74,7 @@ def triton_ops() -> list[str]:
     return [row.op for row in dispatch.support_table() if row.backend == "triton"]
 
 
-def _serve(op: str, device: Any, dtype: Any, *, grad: bool = False) -> Any:
+def _serve(op: str, device: Any, dtype: Any, *, grad: bool = False, size: Sequence[int] = ()) -> Any:
     """Stands in for `dispatch.select`, which knows no meta tensors."""
     row = next(r for r in dispatch.support_table() if r.op == op and r.backend == "triton")
     if row.dtypes is not None and dtype not in row.dtypes:

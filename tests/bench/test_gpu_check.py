@@ -14,14 +14,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_facts, gpu_status, gpu_targets, gpu_tests, ops_gpu
+from bench import gpu_build, gpu_check, gpu_facts, gpu_status, gpu_targets, gpu_tests, ops_gpu
 from bench.gpu_worker import SHAPES, Job, cases, load_rows
 from bench.op_registry import REGISTRY, sizes
-from glimpse_kernels import dispatch
+from glimpse_kernels import _cuda, dispatch
 from tests.kernels.kernel_cases import needs_triton
 
 ROOT = Path(__file__).parents[2]
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+REHEARSED = [("rms_norm", "triton", 6), ("swiglu", "triton", 6), ("patchify", "triton", 2)]
+"""Two tests in each dtype."""
+if _cuda.emulating():
+    REHEARSED.append(("patchify", "cuda", 2))
 FACTS = {"device": "NVIDIA H200", "date": "2026-11-21", "time": "2026-11-21T10:00:00+00:00"}
 
 
@@ -48,12 +52,13 @@ def test_rehearsal_does_all_steps(rehearsal: tuple[subprocess.CompletedProcess[s
     report = json.loads(next(out.glob("rehearsal*.json")).read_text())
     assert report["kind"] == "rehearsal" and not report.get("problems")
     assert report["facts"]["torch"] == torch.__version__ and len(report["facts"]["sources"]) == 12
-    for op in ("rms_norm", "swiglu"):  # two tests, three dtypes
-        counts = report["tests"]["ops"][f"{op}, triton"]
-        assert counts["passed"] == 6 and not counts["failed"] + counts["skipped"] + counts["not_run"]
-        assert report["tests"]["proofs"][f"{op}, triton"] == "proven"
+    for op, backend, tests in REHEARSED:
+        counts = report["tests"]["ops"][f"{op}, {backend}"]
+        assert counts["passed"] == tests and not counts["failed"] + counts["skipped"] + counts["not_run"]
+        assert report["tests"]["proofs"][f"{op}, {backend}"] == "proven"
     assert report["ceilings"]["copy_bytes_s"] > 0 and report["ceilings"]["gemm_flop_s"]["bf16"] > 0
-    assert len(report["rows"]) == report["planned_rows"] == 6
+    assert report["choices"]["status"] == 0 and any("causal" in line for line in report["choices"]["said"])
+    assert len(report["rows"]) == report["planned_rows"] == 7
     for row in report["rows"]:
         assert row["fault"] is None and row["ours_s"] > 0 and row["ours"]["how"] == "host"
     assert [t["met"] for t in report["targets"]] == [None] * len(gpu_targets.TARGETS)
@@ -65,13 +70,17 @@ def test_rehearsal_carries_home_what_it_wrote(
 ) -> None:
     _, out = rehearsal
     files = {file.name for file in out.iterdir()}
-    assert {"proof.json", "gpu-status.md", "gpu-check.log", "pytest-any.log"} < files and len(files) <= 8
+    assert {
+        "proof.json",
+        "gpu-status.md",
+        "measured.json",
+        "gpu-check.log",
+        "pytest-any.log",
+    } < files and len(files) <= 8
     proofs = json.loads((out / "proof.json").read_text())
-    assert [(row["op"], row["backend"], row["tests"]) for row in proofs] == [
-        ("rms_norm", "triton", 6),
-        ("swiglu", "triton", 6),
-    ]
-    assert f"| `swiglu` | triton | {proofs[1]['date']} |" in (out / "gpu-status.md").read_text()
+    assert sorted((row["op"], row["backend"], row["tests"]) for row in proofs) == sorted(REHEARSED)
+    page = (out / "gpu-status.md").read_text()
+    assert all(f"| `{op}` | {backend} | {proofs[0]['date']} |" in page for op, backend, _ in REHEARSED)
 
 
 @without_gpu
@@ -109,6 +118,10 @@ def test_targets_by_hand() -> None:
         row("received_attention", "vision, full", "3b", 9.0),
         row("decode_attention", gpu_targets.DECODE, "7b", 1.0, 3.4e12),
         row("select_tokens", gpu_targets.TOGETHER, "7b 64x64", 26e-6),
+        row("select_tokens", gpu_targets.SIXTEEN, "1792 px", 9e-6),
+        row("compact", gpu_targets.ALL_STAY, "7b 64x64", 1.0, 2e12),
+        row("compact", gpu_targets.SMALL, "7b", 11e-6),
+        row("compact", gpu_targets.GATHERS, "7b 64x64", 1.0, boolean_gathers=21.0, index_select=2.0),
         row("vip", "1 picture", "7b 64x64", 0.5e-3) | {"fault": "off"},
     ]
     found = {t["name"]: (t["measured"], t["met"]) for t in gpu_targets.check(rows, {"copy_bytes_s": 4e12})}
@@ -124,6 +137,10 @@ def test_targets_by_hand() -> None:
         (1.45, True),
         (85, True),
         (26, False),
+        (9, True),
+        (50, False),
+        (11, False),
+        (21, True),
         none,
     ]
     for name, (measured, met) in zip(names, wanted, strict=True):
@@ -146,7 +163,7 @@ def test_every_target_names_rows_there_are() -> None:
             return {
                 "rate": 1.0,
                 "ours_s": 1.0,
-                "contenders": {"FA2": {"s": 1.0}, gpu_targets.LOOP: {"s": 1.0}},
+                "contenders": {name: {"s": 1.0} for name in ("FA2", gpu_targets.LOOP, gpu_targets.BOOLEAN)},
             }
 
     for target in gpu_targets.TARGETS:
@@ -168,6 +185,13 @@ def test_results_feed_the_page(tmp_path: Path) -> None:
         "facts": FACTS,
         "targets": [target],
         "tests": {"proofs": {"vip, triton": "not proven: 2 failed"}},
+        "native": {
+            "runs": [
+                {"how": "plain", "words": "9 passed, 0 failed"},
+                {"how": "memcheck", "words": "nothing found"},
+            ],
+            "why": "no time for racecheck",
+        },
     }
     (tmp_path / "nvidia-h200-2026-11-21.json").write_text(json.dumps(report))
     (tmp_path / "cpu.json").write_text("{}")
@@ -186,6 +210,35 @@ def test_results_feed_the_page(tmp_path: Path) -> None:
         and "| `vip` | triton | never |" in text
     )
     assert "`vip, triton`: not proven: 2 failed" in text
+    assert "on NVIDIA H200, 2026-11-21:\n\n- as they are: 9 passed, 0 failed\n" in text
+    assert "- under compute-sanitizer memcheck: nothing found\n- no time for racecheck\n" in text
+
+
+@pytest.mark.parametrize("op", ["rope", "patchify"])
+def test_a_gpu_gets_the_extension_first(op: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sources that do not compile fail the run; a machine without the tools does not; ops without CUDA kernels need neither."""
+    done: list[str] = []
+
+    def build(arch: str, deadline: float) -> gpu_build.Build:
+        done.append(arch)
+        return answer
+
+    monkeypatch.setattr(gpu_build, "here", lambda: "90a")
+    monkeypatch.setattr(gpu_build, "build", build)
+    monkeypatch.setattr(gpu_build, "build_tests", build)
+    where = gpu_check.places(False, None, tmp_path)
+    answer = gpu_build.Build(made=True, idle="no CUDA driver")
+    assert gpu_check.Check(where, (op,), rehearse=False, seconds=60.0).build() is (op == "rope")
+    done.clear()
+    for missing in (True, False):
+        answer = gpu_build.Build(missing=missing, why="no nvcc")
+        check = gpu_check.Check(where, (op,), rehearse=False, seconds=60.0)
+        wanted = missing or op == "rope"
+        assert check.build() is wanted and check.native() is wanted
+        if op == "patchify":
+            assert check.report["problems"] == ["build: no nvcc"] and not check.report["build"]["made"]
+            assert check.report["native"]["why"] == "not built: no nvcc"
+    assert done == ([] if op == "rope" else ["90a"] * 4)
 
 
 def outcomes(folder: Path, collected: list[tuple[str, str, str]], told: dict[str, str]) -> gpu_tests.Run:
@@ -252,6 +305,8 @@ def test_a_file_that_does_not_import_proves_nothing(tmp_path: Path) -> None:
     found.broken.append("tests/kernels/test_rope_edges.py")
     whys = gpu_tests.verdicts(found)
     assert whys["rope", "triton"] and not whys["swiglu", "triton"] and not found.fine
+    found.broken = ["tests/kernels/test_cuda_graphs.py"]  # about all of them
+    assert all(gpu_tests.verdicts(found).values())
 
 
 def test_ops_of_one_folder_are_proven_together(tmp_path: Path) -> None:
@@ -396,8 +451,12 @@ def test_rows_of_the_benchmark() -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["gpu_check", "gpu_facts", "gpu_pytest", "gpu_tests", "gpu_worker", "ops_gpu", "tune"]
-)
+    "module",
+    [
+        "choice_cases", "choices", "cuda_compiled", "gpu_build", "gpu_check", "gpu_facts", "gpu_native", "gpu_pytest",
+        "gpu_status", "gpu_tests", "gpu_worker", "occupancy", "ops_gpu", "tune",
+    ],
+)  # fmt: skip
 def test_nothing_imports_what_such_a_machine_may_lack(module: str) -> None:
     tree = ast.parse((ROOT / "bench" / f"{module}.py").read_text())
     names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from bench.gate import Gate
-from bench.gpu_worker import Job, cases, load_rows
+from bench.gpu_worker import Job, cases, kernels, load_rows
 from bench.op_registry import Case
-from glimpse_kernels import _triton, dispatch
+from glimpse_kernels import _cuda, _triton, dispatch
 from tests.stand_in import stand_in_gpu
 
 pytestmark = pytest.mark.skipif(
@@ -17,19 +17,35 @@ pytestmark = pytest.mark.skipif(
 )
 
 
-def rows() -> list[Case]:
+def rows() -> list[object]:
+    """Every row by every backend the op has here."""
     load_rows()
-    return cases(Job(rehearse=True))
+    return [
+        pytest.param(case, backend, id=f"{case.row.op}: {case.row.what}, {backend}")
+        for case in cases(Job(rehearse=True))
+        for backend in kernels(case.row.op, "cuda")
+    ]
 
 
-@pytest.mark.parametrize("case", rows(), ids=lambda case: f"{case.row.op}: {case.row.what}")
-def test_row(case: Case) -> None:
+def test_ops_with_two_kernels_have_rows_by_both() -> None:
+    by_row: dict[str, set[str]] = {}
+    for case in cases(Job(rehearse=True)):
+        by_row.setdefault(case.row.op, set()).update(kernels(case.row.op, "cuda"))
+    for row in dispatch.support_table():
+        if row.backend == "triton" or (
+            row.backend == "cuda" and _cuda.emulating() and hasattr(_cuda.module(), row.op)
+        ):
+            assert row.backend in by_row.get(row.op, ()), f"{row.op}: no row by {row.backend}"
+
+
+@pytest.mark.parametrize(("case", "backend"), rows())
+def test_row(case: Case, backend: str) -> None:
     dropped: dict[str, str] = {}
     with (
         torch.inference_mode(),
         stand_in_gpu() as seen,
         torch.device("cuda"),
-        dispatch.force_backend("triton"),
+        dispatch.force_backend(backend),
     ):
         work = case.build()
         assert not seen.reads
