@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12      another interpreter for the environment
 #   PIP_FLAGS="..."        extra flags for pip, such as an index with CPU builds of torch
-#   GPU_PYTHON=python3     the Python of gpu-check, with a torch that sees the GPU; GPU_CHECK="..." passes flags on
+#   GPU_PYTHON=python3     the Python of gpu-check and gpu-e2e, with a torch that sees the GPU; GPU_CHECK="...", GPU_E2E="..." pass flags on
 #   WORKERS=4              parallel test processes (default: the number of CPUs, at most 8)
 
 PYTHON    ?= python3
@@ -25,11 +25,11 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint unit gpu-check train-tiny clean distclean
+.PHONY: help venv demo test lint unit gpu-check gpu-e2e train-tiny clean distclean
 
 help: ## this list
 	@echo "Glimpse: make targets"
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  %-12s %s\n", $$1, $$2}'
 
 venv: $(STAMP) ## make .venv, install the dependencies, build csrc
 
@@ -50,6 +50,9 @@ gpu-check: ## build, tests, benchmark and report of the GPU kernels, with the py
 	@$(GPU_PYTHON) -c 'import torch, typer, rich, pytest' || { \
 	  echo "make: gpu-check needs a Python with torch, typer, rich and pytest: GPU_PYTHON=..." >&2; exit 1; }
 	$(GPU_PYTHON) -m bench.gpu_check $(GPU_CHECK)
+
+gpu-e2e: ## whole requests on a GPU beside transformers and the original's path, 7B shapes; behind gpu-check; under nine minutes
+	$(GPU_PYTHON) -m bench.gpu_e2e $(GPU_E2E)
 
 train-tiny: $(STAMP) ## train models/tiny anew, into runs/tiny; an interrupted run goes on (hours on two cores)
 	$(BIN)/python -m glimpse_lab.train all --folder runs/tiny --to runs/tiny/model

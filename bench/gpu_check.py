@@ -326,7 +326,7 @@ def places(rehearse: bool, out: Path | None, scratch: Path) -> Places:
         return Places(
             ROOT / "glimpse_kernels" / "proof.json",
             measured.RECORD,
-            gpu_status.RESULTS,
+            gpu_facts.RESULTS,
             gpu_status.PAGE,
             out,
             scratch,

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
+import json
 import os
 import platform
 import re
@@ -139,3 +140,16 @@ def collect(root: Path = ROOT) -> dict[str, Any]:
 def origin(facts: dict[str, Any]) -> str:
     """Which code ran, for the record of proofs: the commit where it is known, and always the hash of the sources."""
     return ", ".join(part for part in (facts.get("commit"), f"sources {facts.get('sources')}") if part)
+
+
+RESULTS = ROOT / "bench" / "results"
+
+
+def results(kind: str, folder: Path = RESULTS) -> list[dict[str, Any]]:
+    """The reports of one kind of run on GPUs ("gpu-check", "gpu-e2e"), the oldest first."""
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        report = json.loads(file.read_text())
+        if isinstance(report, dict) and report.get("kind") == kind:
+            found.append(report | {"file": file.name})
+    return sorted(found, key=lambda report: str(report["facts"].get("time")))

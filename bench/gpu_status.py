@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""docs/gpu-status.md: generated from the record of proofs and the results of `bench.gpu_check`, never written by hand.
+"""docs/gpu-status.md: generated from the record of proofs and the results of `bench.gpu_check` and `bench.gpu_e2e`, never by hand.
 
 python -m bench.gpu_status            writes the page
 """
@@ -11,31 +11,24 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from bench import gpu_native, gpu_targets, ops_gpu
-from bench.gpu_facts import GPU_BACKENDS, ROOT
+from bench import gpu_e2e_report, gpu_native, gpu_targets, ops_gpu
+from bench.gpu_facts import GPU_BACKENDS, RESULTS, ROOT, results
 from glimpse_kernels import dispatch, measured
 
 PAGE = ROOT / "docs" / "gpu-status.md"
-RESULTS = ROOT / "bench" / "results"
 KIND = "gpu-check"
 Record = Mapping[str, Mapping[str, Mapping[str, measured.Times]]]
 """What `glimpse_kernels.measured.record` gives."""
 
 
-def results(folder: Path = RESULTS) -> list[dict[str, Any]]:
-    """Reports of `bench.gpu_check` on GPUs, the oldest first."""
-    found = []
-    for file in sorted(folder.glob("*.json")):
-        report = json.loads(file.read_text())
-        if isinstance(report, dict) and report.get("kind") == KIND:
-            found.append(report | {"file": file.name})
-    return sorted(found, key=lambda report: str(report["facts"].get("time")))
-
-
 def render(
-    proofs: Sequence[Mapping[str, Any]], reports: Sequence[Mapping[str, Any]], record: Record | None = None
+    proofs: Sequence[Mapping[str, Any]],
+    reports: Sequence[Mapping[str, Any]],
+    record: Record | None = None,
+    requests: Sequence[Mapping[str, Any]] | None = None,
 ) -> str:
-    """The page. proofs: rows of proof.json. reports: of `results`. record: of choices, None for the package's."""
+    """The page. proofs: rows of proof.json. reports: of `bench.gpu_facts.results`. record: of choices, requests: of
+    `bench.gpu_facts.results`; None for the package's."""
     by_op = {(row["op"], row["backend"]): row for row in proofs}
     listed = [(r.op, r.backend, r.device) for r in dispatch.support_table() if r.backend in GPU_BACKENDS]
     never = [f"`{op}` ({backend})" for op, backend, _ in listed if (op, backend) not in by_op]
@@ -69,6 +62,7 @@ def render(
         *_choices(measured.record() if record is None else record),
         *_proven_without(),
         *_targets(reports),
+        *gpu_e2e_report.section(results(gpu_e2e_report.KIND) if requests is None else requests),
         *_next(never),
     ]
     return "\n".join(lines) + "\n"
@@ -253,17 +247,22 @@ def _next(never: Sequence[str]) -> list[str]:
         "",
         "```",
         "make gpu-check                                       # build, tests, proofs, benchmark, this page; under nine minutes",
+        "make gpu-e2e                                         # whole requests, behind it; under nine minutes (needs transformers)",
+        "make gpu-e2e GPU_E2E='--quick'                       # its checks and first rows",
         "make gpu-check GPU_CHECK='--only attention,compact'  # some ops",
         "make gpu-check GPU_CHECK='--skip-tests'              # the benchmark alone",
         "python3 -m bench.gpu_build                           # the extension alone; again only what changed",
         "python3 -m bench.gpu_native                          # its C++ unit tests, also under compute-sanitizer",
         "python3 -m bench.choices                             # which of several kernels is the fastest for which sizes",
         "python3 -m bench.tune attention --shape 7b           # measures the launch configurations and prints the best",
+        "python3 -m pytest tests/gpu                          # the checks of gpu-e2e as tests, and the recorded runs",
         "python3 -m bench.gpu_check --rehearse                # the whole flow on a CPU, interpreted and tiny",
+        "python3 -m bench.gpu_e2e --rehearse                  # likewise",
         "```",
         "",
         "It writes `bench/results/<gpu>-<date>.json`, `glimpse_kernels/proof.json`, `glimpse_kernels/measured.json` and this page (and",
-        "copies them to `--out DIR`, or to `$OUT` where that is set). Commit the four together with the change that explains them.",
+        "copies them to `--out DIR`, or to `$OUT` where that is set), gpu-e2e `bench/results/<gpu>-e2e-<date>.json` and this page.",
+        "Commit them together with the change that explains them.",
     ]
     if never:
         lines += ["", f"Never run: {', '.join(never)}."]
@@ -278,7 +277,8 @@ def write(
 ) -> str:
     """Generate the page from the files."""
     record = json.loads(choices.read_text()) if choices.exists() else {}
-    text = render(json.loads(proofs.read_text()) if proofs.exists() else [], results(folder), record)
+    rows = json.loads(proofs.read_text()) if proofs.exists() else []
+    text = render(rows, results(KIND, folder), record, results(gpu_e2e_report.KIND, folder))
     page.parent.mkdir(parents=True, exist_ok=True)
     page.write_text(text)
     return text

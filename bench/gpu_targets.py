@@ -57,6 +57,16 @@ class Target:
     def met(self, found: float) -> bool:
         return found >= self.limit if self.at_least else found <= self.limit
 
+    def judged(self, rows: Mapping[Any, Mapping[str, Any]], ceilings: Mapping[str, Any]) -> dict[str, Any]:
+        """asked, measured and met; measured None where the run has no figure."""
+        measured: float | None
+        try:
+            measured = self.look(rows, ceilings)
+        except (KeyError, StopIteration, ZeroDivisionError, TypeError):
+            measured = None
+        met = None if measured is None else self.met(measured)
+        return {"name": self.name, "asked": self.asked, "measured": measured, "unit": self.unit, "met": met}
+
 
 def _over(row: Mapping[str, Any], prefix: str) -> float:
     """How many times as fast as the fastest contender whose name begins so."""
@@ -128,29 +138,13 @@ TARGETS: tuple[Target, ...] = (
 
 
 def check(rows: Sequence[Mapping[str, Any]], ceilings: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """asked, measured and met of every target; measured None where the run has no figure."""
+    """Every target, see `Target.judged`."""
     by_name = {
         (r["op"], r["case"], r["shape"]): r
         for r in rows
         if "op" in r and not r.get("fault") and "ours_s" in r
     }
-    found = []
-    for target in TARGETS:
-        try:
-            measured: float | None = target.look(by_name, ceilings)
-        except (KeyError, StopIteration):
-            measured = None
-        met = None if measured is None else target.met(measured)
-        found.append(
-            {
-                "name": target.name,
-                "asked": target.asked,
-                "measured": measured,
-                "unit": target.unit,
-                "met": met,
-            }
-        )
-    return found
+    return [target.judged(by_name, ceilings) for target in TARGETS]
 
 
 def figure(target: Mapping[str, Any]) -> str:

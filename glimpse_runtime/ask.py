@@ -76,7 +76,7 @@ class Asker:
         """Loads the processor first: it is quick, and names most mistakes about folders."""
         if dtype not in DTYPES:
             raise GlimpseError(f"dtype: expected one of {', '.join(DTYPES)}, found {dtype!r}")
-        processor = Processor.from_pretrained(base)
+        processor = Processor.from_pretrained(base, device=device)
         model = GlimpseModel.from_pretrained(
             base, glimpse=modules, dtype=DTYPES[dtype], device=device, quantize=quantize
         )

@@ -25,10 +25,13 @@ class _Generate:
         self._built_on: tuple[tuple[int, Any], ...] = ()
 
     def engine(self) -> GlimpseModel:
-        weights = tuple((p.data_ptr(), p.dtype) for p in self._model.parameters())
-        if self._engine is None or weights != self._built_on:
-            self._engine, self._built_on = GlimpseModel.from_hf(self._model, self._modules), weights
+        if self._engine is None or self._weights() != self._built_on:
+            self._engine = GlimpseModel.from_hf(self._model, self._modules)
+            self._built_on = self._weights()  # only now: on a GPU some were moved
         return self._engine
+
+    def _weights(self) -> tuple[tuple[int, Any], ...]:
+        return tuple((p.data_ptr(), p.dtype) for p in self._model.parameters())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         engine = self.engine()

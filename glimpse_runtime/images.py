@@ -29,6 +29,7 @@ ImageInput: TypeAlias = "Image.Image | str | os.PathLike[str] | np.ndarray | tor
 
 MAX_ASPECT_RATIO = 200
 _PILLOW = int(PIL.__version__.partition(".")[0])
+_STRIP = 1 << 19  # bytes
 
 
 class ImageError(GlimpseError):
@@ -72,6 +73,12 @@ def _composite_on_white(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(background, rgba).convert("RGB")
 
 
+def _rgb(image: Image.Image) -> Image.Image:
+    """In mode RGB; the same picture where it is already: convert() would copy it."""
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
 def _from_path(path: str | os.PathLike[str], name: str) -> Image.Image:
     text = os.fspath(path)
     if "://" in text[:12]:
@@ -85,7 +92,8 @@ def _from_path(path: str | os.PathLike[str], name: str) -> Image.Image:
             # Pillow only warns between one and two times its limit; the size is bounded by max_pixels later anyway.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             with Image.open(text) as image:
-                return ImageOps.exif_transpose(image).convert("RGB")
+                ImageOps.exif_transpose(image, in_place=True)
+                return _rgb(image)
     except UnidentifiedImageError:
         raise ImageError(f"{name}: {text!r} is not a picture in a format that Pillow reads") from None
     except Image.DecompressionBombError as error:
@@ -99,15 +107,17 @@ def _from_pil(image: Image.Image, name: str) -> Image.Image:
     try:
         if "A" in image.getbands() or image.info.get("transparency") is not None:
             return _composite_on_white(image)
-        return image.convert("RGB")
+        return _rgb(image)
     except (OSError, SyntaxError, ValueError, EOFError) as error:
         raise ImageError(f"{name}: the picture is corrupt or cannot be converted to RGB ({error})") from None
 
 
-def _from_array(array: np.ndarray, name: str) -> Image.Image:
-    if array.dtype != np.uint8:
-        raise ImageError(f"{name}: expected an array of uint8 (0 to 255), found {array.dtype}")
-    if array.size == 0:
+def _from_tensor(array: torch.Tensor, name: str) -> torch.Tensor:
+    """[H, W, 3] uint8 of an array in one of the accepted layouts, on its own device and without a wait for it."""
+    if array.dtype != torch.uint8:
+        found = str(array.dtype).removeprefix("torch.")
+        raise ImageError(f"{name}: expected an array of uint8 (0 to 255), found {found}")
+    if array.numel() == 0:
         raise ImageError(f"{name}: the array is empty, shape {tuple(array.shape)}")
     if array.ndim == 2:
         array = array[..., None]
@@ -116,7 +126,7 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         3,
         4,
     ):  # channels first wins where both readings are possible
-        array = np.moveaxis(array, 0, -1)
+        array = array.permute(1, 2, 0)
     if array.ndim != 3 or array.shape[-1] not in (1, 3, 4):
         raise ImageError(
             f"{name}: expected an array [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels, "
@@ -124,15 +134,25 @@ def _from_array(array: np.ndarray, name: str) -> Image.Image:
         )
     channels = array.shape[-1]
     if channels == 1:
-        array = np.repeat(array, 3, axis=-1)
+        array = array.expand(-1, -1, 3)
     elif channels == 4:
-        alpha = array[..., 3:4] / 255
-        array = np.round(alpha * array[..., :3] + (1 - alpha) * 255).astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array))
+        alpha = array[..., 3:4].double() / 255
+        array = torch.round(alpha * array[..., :3] + (1 - alpha) * 255).to(torch.uint8)
+    return array.contiguous()
+
+
+def _as_tensor(array: np.ndarray, name: str) -> torch.Tensor:
+    if array.dtype != np.uint8:  # torch does not know all the others
+        raise ImageError(f"{name}: expected an array of uint8 (0 to 255), found {array.dtype}")
+    with warnings.catch_warnings():
+        # The memory may be read-only, which torch cannot express; nothing here writes to it.
+        warnings.simplefilter("ignore", UserWarning)
+        return torch.from_numpy(np.ascontiguousarray(array))
 
 
 def to_rgb(image: Any, name: str = "image") -> Image.Image:
-    """One picture in mode RGB from a path, a PIL image, a uint8 array or a uint8 tensor.
+    """One picture in mode RGB from a path, a PIL image, a uint8 array or a uint8 tensor. A PIL image that is RGB comes back as it
+    is.
 
     Args:
         image: see the module's text for what each type means.
@@ -145,10 +165,8 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
         rgb = _from_path(image, name)
     elif isinstance(image, Image.Image):
         rgb = _from_pil(image, name)
-    elif isinstance(image, np.ndarray):
-        rgb = _from_array(image, name)
-    elif isinstance(image, torch.Tensor):
-        rgb = _from_array(image.detach().cpu().numpy(), name)
+    elif isinstance(image, (np.ndarray, torch.Tensor)):
+        rgb = Image.fromarray(pixels_of(image, name).cpu().numpy())
     else:
         raise ImageError(
             f"{name}: expected a path, a PIL image, a uint8 array or a uint8 tensor, found {type(image).__name__}"
@@ -158,22 +176,43 @@ def to_rgb(image: Any, name: str = "image") -> Image.Image:
     return rgb
 
 
-def check_size(image: Image.Image, *, least: int, name: str = "image") -> None:
+def check_size(height: int, width: int, *, least: int, name: str = "image") -> None:
     """Raises ImageError where a side is shorter than ``least`` pixels (one vision patch: there is nothing to see)."""
-    if min(image.size) < least:
+    if min(height, width) < least:
         raise ImageError(
             f"{name}: the picture is too small: expected sides of at least {least} px, "
-            f"found {image.width} x {image.height} px"
+            f"found {width} x {height} px"
         )
 
 
-def pixels_of(picture: Image.Image) -> torch.Tensor:
-    """``[H, W, 3]`` uint8 of a picture in mode RGB, copied once. Not to be written to."""
-    array = np.asarray(picture)
-    with warnings.catch_warnings():
-        # The memory is read-only, which torch cannot express; nothing here writes to it.
-        warnings.simplefilter("ignore", UserWarning)
-        return torch.from_numpy(array)
+def pixels_of(image: Any, name: str = "image", *, pinned: bool = False) -> torch.Tensor:
+    """``[H, W, 3]`` uint8 of anything that `to_rgb` takes, contiguous: a tensor's on its own device (with nobody waiting for
+    it), all others' on the host. An array's or tensor's may be its own memory: not to be written to.
+
+    pinned: what is read from a file or a PIL image goes to page-locked memory.
+
+    Raises:
+        ImageError: as `to_rgb`.
+    """
+    if isinstance(image, np.ndarray):
+        image = _as_tensor(image, name)
+    if isinstance(image, torch.Tensor):
+        return _from_tensor(image.detach(), name)
+    return _unpacked(to_rgb(image, name), pinned)
+
+
+def _unpacked(picture: Image.Image, pinned: bool) -> torch.Tensor:
+    """The bytes of a picture in mode RGB. In strips: Pillow hands over bytes in memory of its own, and what is too large for a
+    cache, or new to the system page by page, takes several times as long. (NumPy asks for large pages, torch does not.)"""
+    width, height = picture.size
+    if pinned:
+        found = torch.empty(height, width, 3, dtype=torch.uint8, device="cpu", pin_memory=True)
+    else:
+        found = torch.from_numpy(np.empty((height, width, 3), np.uint8))
+    into, rows = found.numpy(), max(1, _STRIP // (3 * width))
+    for top in range(0, height, rows):
+        into[top : top + rows] = np.asarray(picture.crop((0, top, width, min(height, top + rows))))
+    return found
 
 
 def vertical_pass_first(height: int, width: int, size: tuple[int, int]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,7 @@ from transformers import GenerationConfig
 from transformers.models.qwen2_5_vl import Qwen2_5_VLConfig
 
 from glimpse_kernels import quantize_int8
+from glimpse_kernels.linear.torch_gemm import one_below_the_other
 from glimpse_runtime.errors import CheckpointError, GlimpseError
 from glimpse_runtime.hub import read_json, resolve_folder
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
@@ -26,6 +28,7 @@ from glimpse_runtime.threads import respect_limits
 
 DTYPES = (torch.float32, torch.bfloat16)
 QUANTIZATIONS = (None, "int8")
+_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 @dataclass(frozen=True)
@@ -79,23 +82,27 @@ def load_base(
 
 
 def share_base(hf_model: Any, *, quantize: str | None = None) -> BaseModel:
-    """Use the weights of a loaded `Qwen2_5_VLForConditionalGeneration` where they are; nothing is copied.
+    """Use the weights of a loaded `Qwen2_5_VLForConditionalGeneration`; nothing is held twice.
 
-    With `quantize` the decoder's matrices are copied to 8 bits, the rest is shared.
+    On a CPU they stay where they are. On a GPU the matrices of a layer that have the same input (query, key and value; gate and
+    up) are moved next to each other: the model's parameters are the same objects with the same values, in other memory.
+    With `quantize` the decoder's matrices are copied to 8 bits, and the rest is shared where it is.
 
     Raises:
         CheckpointError: the model is of another family, lies on several devices, or has a dtype without kernels.
     """
     config = ModelConfig.from_hf(hf_model.config)
-    tensors = {name: p.detach() for name, p in hf_model.named_parameters()}
-    places = {(p.device, p.dtype) for p in tensors.values()}
+    parameters = dict(hf_model.named_parameters())
+    places = {(p.device, p.dtype) for p in parameters.values()}
     if len(places) != 1:
         found = sorted(f"{device}/{dtype}" for device, dtype in places)
         raise CheckpointError(f"expected all weights on one device and of one dtype, found {found}")
     place, dtype = next(iter(places))
     check_dtype(dtype)
     respect_limits(place)
-    reader = WeightReader(tensors.keys(), tensors.__getitem__)
+    if place.type == "cuda" and check_quantization(quantize) is None:
+        _move_together(parameters)
+    reader = WeightReader(parameters.keys(), lambda name: parameters[name].detach())
     return _build(reader, config, hf_model.generation_config, quantize)
 
 
@@ -141,6 +148,22 @@ def _build(
     if chosen:
         _return_free_memory()
     return BaseModel(config, vision, decoder, generation_config, chosen)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _move_together(parameters: Mapping[str, torch.nn.Parameter]) -> None:
+    """Parameters with the same input one below the other, in one tensor each; one layer is held twice at a time."""
+    for name in parameters:
+        for group in _TOGETHER:
+            names = [name.replace(f".{group[0]}.", f".{other}.") for other in group]
+            found = [parameters[n] for n in names if n in parameters]
+            if f".{group[0]}." not in name or len(found) < len(group):
+                continue
+            if one_below_the_other(found) is None:
+                whole = torch.cat([p.data for p in found])
+                for p, part in zip(found, whole.split([len(p) for p in found]), strict=True):
+                    p.data = part
 
 
 def _return_free_memory() -> None:

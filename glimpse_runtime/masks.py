@@ -9,6 +9,7 @@ import torch
 
 from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.packing import PackedBatch
+from glimpse_runtime.uploads import upload
 
 
 def scores_from_masks(masks: torch.Tensor | Sequence[torch.Tensor], batch: PackedBatch) -> torch.Tensor:
@@ -41,5 +42,7 @@ def scores_from_masks(masks: torch.Tensor | Sequence[torch.Tensor], batch: Packe
                 )
     if not parts:
         return torch.zeros(0, device=batch.device)
-    flat = torch.cat([part.flatten().to(device=batch.device, dtype=torch.float32) for part in parts])
-    return torch.where(flat > 0.5, 1.0, -1.0)
+    flat = [part.flatten().to(torch.float32) for part in parts]
+    if len({part.device for part in flat}) > 1:
+        flat = [upload(part, batch.device) for part in flat]
+    return torch.where(upload(torch.cat(flat), batch.device) > 0.5, 1.0, -1.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from glimpse_runtime import generate as generation
+from glimpse_runtime.engine import Engine, check_memory
 from glimpse_runtime.entry import inference
 from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
 from glimpse_runtime.loading import BaseModel, check_device, load_base, share_base
@@ -25,6 +26,8 @@ from glimpse_runtime.plans import glimpse as glimpse_plan
 from glimpse_runtime.prefill import Prefill
 from glimpse_runtime.prefill_result import PrefillResult
 from glimpse_runtime.report import GlimpseGenerateOutput, report_of
+from glimpse_runtime.uploads import upload
+from glimpse_runtime.warmup import WarmupReport, warm_up
 
 logger = logging.getLogger(__name__)
 
@@ -38,11 +41,15 @@ class GlimpseModel:
     Args:
         base: loaded weights.
         plan: what `plan="default"` means; None: nothing is pruned.
+        engine: what is kept on the device between calls.
     """
 
-    def __init__(self, base: BaseModel, plan: PrunePlan | None = None) -> None:
+    def __init__(
+        self, base: BaseModel, plan: PrunePlan | None = None, *, engine: Engine | None = None
+    ) -> None:
         self.base = base
         self.plan = plan
+        self.engine = Engine(base.decoder) if engine is None else engine
         self.generation_config = base.generation_config
 
     @classmethod
@@ -54,6 +61,8 @@ class GlimpseModel:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str = "cpu",
         quantize: str | None = None,
+        kv_memory: int | None = None,
+        graph_memory: int | None = None,
     ) -> GlimpseModel:
         """Load a Qwen2.5-VL and, if given, GlimpsePrune modules trained for it.
 
@@ -61,15 +70,19 @@ class GlimpseModel:
             base: Hugging Face folder or hub id.
             glimpse: folder or hub id with `config.json` and `new_modules_gp.pt`; becomes the default plan.
             dtype: `torch.float32`, `torch.bfloat16`, or "auto" for the checkpoint's own.
-            device: "cpu".
+            device: "cpu" or a GPU.
             quantize: "int8" keeps the decoder's matrices in 8 bits: about twice the decoding speed, half the memory.
+            kv_memory: bytes of a GPU for keys and values; None: what calls turn out to need, or `warmup` finds.
+            graph_memory: bytes of a GPU that captured work may hold; None: no bound.
 
         Raises:
             CheckpointError: a file, key or shape is missing, left over, or belongs to another base.
         """
         place = check_device(device)
+        check_memory(place, kv_memory=kv_memory, graph_memory=graph_memory)
         loaded = load_base(base, dtype=dtype, device=place, quantize=quantize)
-        return cls(loaded, cls._load_plan(loaded, glimpse))
+        engine = Engine(loaded.decoder, kv_bytes=kv_memory, graph_bytes=graph_memory)
+        return cls(loaded, cls._load_plan(loaded, glimpse), engine=engine)
 
     @classmethod
     def from_hf(
@@ -140,12 +153,49 @@ class GlimpseModel:
                 "a prompt of %d tokens and up to %d new ones exceed the model's context of %d",
                 ids.shape[1], request.max_new_tokens, context,
             )  # fmt: skip
+        with self.engine.call():
+            prefill = self.prefilled(ids, request)
+            return generation.decode(prefill, ids, request, report_of(prefill), began)
+
+    def prefilled(self, input_ids: torch.Tensor, request: generation.Request) -> Prefill:
+        """The prompt of a `generate` call, ready to be continued."""
         prefill = self._prefill(
-            ids, request.attention_mask, extra_rows=request.max_new_tokens, **request.model_inputs
+            input_ids, request.attention_mask, extra_rows=request.max_new_tokens, **request.model_inputs
         )
         if prefill.last_logits is None:
             prefill.choose()
-        return generation.decode(prefill, ids, request, report_of(prefill), began)
+        return prefill
+
+    @inference
+    def warmup(
+        self,
+        inputs: Mapping[str, Any] | None = None,
+        *,
+        batch_sizes: Sequence[int] = (1,),
+        tokens: int = 2048,
+        max_new_tokens: int = 256,
+        kv_share: float | None = None,
+        progress: Callable[[int, int], None] | None = None,
+        **options: Any,
+    ) -> WarmupReport:
+        """Do beforehand what the first calls would wait for: on a GPU kernels are compiled and work is captured.
+
+        Args:
+            inputs: one prompt like the longest to come; each batch repeats it. None: only decoding is prepared.
+            batch_sizes: the largest comes first; each also serves smaller batches, down to half of it.
+            tokens: without `inputs`: rows that a sequence may come to after pruning, new ones included.
+            max_new_tokens, options: as in the calls to come (`do_sample`, `top_k`, `max_remain_ratio`, ...).
+            kv_share: how much of a GPU's free memory, less what the largest batch needs beside it, becomes the pool of
+                keys and values (0.9, say), for good. Needs `inputs`. None: the pool grows with what is asked for.
+            progress: is told how many batch sizes are done, of how many.
+
+        Raises:
+            GlimpseError: not enough memory, or arguments out of range.
+        """
+        return warm_up(
+            self, inputs, batch_sizes=batch_sizes, tokens=tokens, max_new_tokens=max_new_tokens,
+            kv_share=kv_share, progress=progress, options=options,
+        )  # fmt: skip
 
     @inference
     def prefill(
@@ -172,9 +222,10 @@ class GlimpseModel:
         mask = (
             generation.infer_mask(ids, self.generation_config) if attention_mask is None else attention_mask
         )
-        state = self._prefill(ids, mask, extra_rows=max_new_tokens, **kwargs)
-        if select and state.last_logits is None:
-            state.choose()
+        with self.engine.call(keep=True):
+            state = self._prefill(ids, mask, extra_rows=max_new_tokens, **kwargs)
+            if select and state.last_logits is None:
+                state.choose()
         return PrefillResult(state, waiting=not select)
 
     def _prefill(
@@ -215,14 +266,17 @@ class GlimpseModel:
             device=device,
         )
         given = None if ref_masks is None else scores_from_masks(ref_masks, batch)
-        state = Prefill(self.base.decoder, batch, chosen, extra_rows, given)
+        state = Prefill(self.base.decoder, batch, chosen, extra_rows, given, self.engine)
         vision = layout = None
         if images or videos:
             began = time.perf_counter()
-            pixels = [p.to(device) for p in (pixel_values, pixel_values_videos) if p is not None]
+            # In the model's dtype they take half the room, for as long as the tower works.
+            given_pixels = (p for p in (pixel_values, pixel_values_videos) if p is not None)
+            pixels = [upload(p, device).to(self.dtype) for p in given_pixels]
             layout = vision_layout((*images, *videos), config.vision, device)
             taps = scorer.vision_taps if scorer else ()
             vision = self.base.vision(pixels[0] if len(pixels) == 1 else torch.cat(pixels), layout, taps)
+            del pixels  # on a GPU the layers need the room
             state.timings.vision = time.perf_counter() - began
         state.start(vision, layout)
         return state

@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import torch
+
+from glimpse_runtime.uploads import upload_together
 
 
 @dataclass(frozen=True)
@@ -44,27 +46,102 @@ class Picture:
 class PackedBatch:
     """A batch on its way into the model. T packed rows, N visual tokens, B sequences.
 
+    Where everything lies is known on the host beforehand; `build` brings it to the device by one copy.
+
     Attributes:
-        ids: `[T]` int64 token ids; probe rows hold 0.
         lengths: rows of each sequence, probe rows included.
+        prompt_lengths: prompt tokens of each sequence.
         probe_length: learned rows appended to every sequence that carries pictures.
+        pictures: every image and video slice, in prompt order.
+        probed: sequences that carry probe rows.
+        last_visual: visual tokens with which a prompt ends: the next token is predicted from them, so they cannot go.
+        ids: `[T]` int64 token ids; probe rows hold 0.
         positions: `[3, T]` int64 multimodal rotary positions.
         next_positions: `[3, B]` int64 rotary position of the first generated token: that of the last prompt token + 1.
         visual_rows: `[N]` int64 packed row of each visual token, in prompt order.
         visual_order: `[N]` int64 row of the vision tower's output for each visual token.
-        pictures: every image and video slice, in prompt order.
-        prompt_lengths: prompt tokens of each sequence.
+        cu_seqlens: `[B + 1]` int32 first packed row of each sequence, and the total.
+        cu_probed: `[B + 1]` int32 offsets of one row for each probed sequence and none for the others.
+        probe_rows: `[len(probed), probe_length]` int64 packed rows of the probes.
+        token_rows: `visual_rows` as int32.
+        tower_rows: `[N]` int32 packed row of each row of the vision tower's output.
+        tower_probe: `[N]` int32 number, among the probed sequences, of the one that holds each row of the tower's output.
+        always_kept: `[T]` bool: rows that no selection removes (prompt text).
     """
 
-    ids: torch.Tensor
     lengths: tuple[int, ...]
     prompt_lengths: tuple[int, ...]
     probe_length: int
+    pictures: tuple[Picture, ...]
+    probed: tuple[int, ...]
+    last_visual: tuple[int, ...]
+    ids: torch.Tensor
     positions: torch.Tensor
     next_positions: torch.Tensor
     visual_rows: torch.Tensor
     visual_order: torch.Tensor
-    pictures: tuple[Picture, ...]
+    cu_seqlens: torch.Tensor
+    cu_probed: torch.Tensor
+    probe_rows: torch.Tensor
+    token_rows: torch.Tensor
+    tower_rows: torch.Tensor
+    tower_probe: torch.Tensor
+    always_kept: torch.Tensor
+
+    @classmethod
+    def build(
+        cls,
+        *,
+        ids: np.ndarray,
+        positions: np.ndarray,
+        next_positions: np.ndarray,
+        visual_rows: np.ndarray,
+        visual_order: np.ndarray,
+        lengths: Sequence[int],
+        prompt_lengths: Sequence[int],
+        probe_length: int,
+        pictures: Sequence[Picture],
+        device: torch.device,
+    ) -> PackedBatch:
+        """The attributes of these names as arrays of the host; the rest follows from them."""
+        starts = np.concatenate([[0], np.cumsum(lengths)])
+        ends = starts[:-1] + np.asarray(prompt_lengths)
+        probed = np.flatnonzero(np.asarray(lengths) > np.asarray(prompt_lengths))
+        probe_rows = ends[probed][:, None] + np.arange(probe_length)
+        numbers = np.zeros(len(lengths), dtype=np.int32)
+        numbers[probed] = np.arange(len(probed))
+        own = [np.full(p.tokens, numbers[p.row]) for p in pictures]
+        tower_rows, tower_probe = np.empty_like(visual_rows), np.empty(len(visual_rows), dtype=np.int32)
+        tower_rows[visual_order] = visual_rows
+        tower_probe[visual_order] = np.concatenate(own) if own else 0
+        kept = np.ones(len(ids), dtype=bool)
+        kept[visual_rows] = False
+        kept[probe_rows] = False
+        one_each = np.isin(np.arange(len(lengths)), probed)
+        on_device = {
+            "ids": (ids, np.int64),
+            "positions": (positions, np.int64),
+            "next_positions": (next_positions, np.int64),
+            "visual_rows": (visual_rows, np.int64),
+            "visual_order": (visual_order, np.int64),
+            "cu_seqlens": (starts, np.int32),
+            "cu_probed": (np.concatenate([[0], np.cumsum(one_each)]), np.int32),
+            "probe_rows": (probe_rows, np.int64),
+            "token_rows": (visual_rows, np.int32),
+            "tower_rows": (tower_rows, np.int32),
+            "tower_probe": (tower_probe, np.int32),
+            "always_kept": (kept, np.bool_),
+        }
+        host = [torch.from_numpy(np.ascontiguousarray(a, dtype=kind)) for a, kind in on_device.values()]
+        return cls(
+            lengths=tuple(lengths),
+            prompt_lengths=tuple(prompt_lengths),
+            probe_length=probe_length,
+            pictures=tuple(pictures),
+            probed=tuple(probed.tolist()),
+            last_visual=tuple(np.flatnonzero(np.isin(visual_rows, ends - 1)).tolist()),
+            **dict(zip(on_device, upload_together(host, device), strict=True)),
+        )
 
     @property
     def device(self) -> torch.device:
@@ -81,66 +158,3 @@ class PackedBatch:
     @property
     def num_visual(self) -> int:
         return self.visual_rows.shape[0]
-
-    @cached_property
-    def starts(self) -> tuple[int, ...]:
-        """First packed row of each sequence, and the total."""
-        return tuple(np.concatenate([[0], np.cumsum(self.lengths)]).tolist())
-
-    @cached_property
-    def cu_seqlens(self) -> torch.Tensor:
-        """`[B + 1]` int32 on the device."""
-        return torch.tensor(self.starts, dtype=torch.int32, device=self.device)
-
-    @cached_property
-    def probed(self) -> tuple[int, ...]:
-        """Sequences that carry probe rows."""
-        if not self.probe_length:
-            return ()
-        return tuple(
-            b for b, (n, p) in enumerate(zip(self.lengths, self.prompt_lengths, strict=True)) if n > p
-        )
-
-    @cached_property
-    def probe_rows(self) -> torch.Tensor:
-        """`[len(probed), probe_length]` int64 packed rows of the probes."""
-        first = [self.starts[b + 1] - self.probe_length for b in self.probed]
-        offsets = torch.arange(self.probe_length)
-        return (torch.tensor(first, dtype=torch.int64)[:, None] + offsets).to(self.device)
-
-    @cached_property
-    def tower_rows(self) -> torch.Tensor:
-        """`[N]` int32 packed row of each row of the vision tower's output."""
-        rows = torch.empty_like(self.visual_rows)
-        return rows.index_copy_(0, self.visual_order, self.visual_rows).to(torch.int32)
-
-    @cached_property
-    def tower_probe(self) -> torch.Tensor:
-        """`[N]` int32 number, among the probed sequences, of the one that holds each row of the tower's output."""
-        number = {row: i for i, row in enumerate(self.probed)}
-        own = torch.tensor([number[p.row] for p in self.pictures], dtype=torch.int32)
-        counts = torch.tensor([p.tokens for p in self.pictures], dtype=torch.int64)
-        by_prompt = own.repeat_interleave(counts).to(self.device)
-        return torch.empty_like(by_prompt).index_copy_(0, self.visual_order, by_prompt)
-
-    @cached_property
-    def last_visual(self) -> tuple[int, ...]:
-        """Visual tokens with which a prompt ends: the next token is predicted from them, so they cannot go."""
-        ends = {self.starts[b] + n - 1 for b, n in enumerate(self.prompt_lengths)}
-        return tuple(n for n, row in enumerate(self.visual_rows.tolist()) if row in ends)
-
-    @cached_property
-    def always_kept(self) -> torch.Tensor:
-        """`[T]` bool: rows that no selection removes (prompt text)."""
-        keep = torch.ones(self.num_rows, dtype=torch.bool)
-        for b in self.probed:
-            keep[self.starts[b + 1] - self.probe_length : self.starts[b + 1]] = False
-        keep = keep.to(self.device)
-        return keep.index_fill_(0, self.visual_rows, False)
-
-
-def cumulative(lengths: torch.Tensor) -> torch.Tensor:
-    """`[B]` lengths → `[B + 1]` int32 offsets, without leaving the device."""
-    total = lengths.new_zeros(lengths.shape[0] + 1, dtype=torch.int32)
-    torch.cumsum(lengths, 0, dtype=torch.int32, out=total[1:])
-    return total

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 
 import torch
 
-from glimpse_runtime.decode import DecodeLoop
+from glimpse_runtime.device_decode import loop_for
 from glimpse_runtime.entry import inference
 from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.masks import scores_from_masks
@@ -61,7 +62,8 @@ class PrefillResult:
             state.plan = state.plan.with_budget(
                 threshold=0.5, max_remain_ratio=None, min_remain_num=0, anchor_positions=(), group="picture"
             )
-        state.choose(scores)
+        with state.engine.call(keep=True):
+            state.choose(scores)
         return self
 
     @property
@@ -86,7 +88,9 @@ class PrefillResult:
         """Rotary positions of each row's prompt tokens that stayed, `[3, kept]` int64 each."""
         self._require_done()
         assert self._state.kept_positions is not None and self._state.kept_lengths is not None
-        return list(self._state.kept_positions.split(self._state.kept_lengths.tolist(), dim=1))
+        lengths = self._state.kept_lengths.tolist()
+        # With a cap there may be room behind the last row.
+        return list(self._state.kept_positions[:, : sum(lengths)].split(lengths, dim=1))
 
     def kv(self, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (rotated) and values `[kept, kv heads, head_dim]` of one row's prompt in one layer."""
@@ -113,13 +117,12 @@ class PrefillResult:
                 f"decode(): expected 1 to {state.extra_rows} steps (max_new_tokens), found {steps}"
             )
         self._decoded = True
-        assert state.pool is not None
-        loop = DecodeLoop(state.decoder, state.pool, state.batch.next_positions, state.extra_rows)
         logits = [self.last_logits]
         tokens = [logits[0].argmax(-1)]
-        while len(tokens) < steps:
-            logits.append(loop.step(tokens[-1]))
-            tokens.append(logits[-1].argmax(-1))
+        with state.engine.call(keep=True), closing(loop_for(state)) as loop:
+            while len(tokens) < steps:
+                logits.append(loop.step(tokens[-1]))
+                tokens.append(logits[-1].argmax(-1))
         return torch.stack(tokens, 1), torch.stack(logits, 1)
 
     def _require_done(self) -> None:

@@ -2,8 +2,8 @@
 """Text and pictures → the tensors a Qwen2.5-VL takes, under the names Hugging Face gives them.
 
 `Processor` stands where ``AutoProcessor`` stands, without torchvision: tokenizer and chat template come from the
-checkpoint's own files, pictures go through the ``patchify`` op, which also resizes.  Its outputs and those of
-``AutoProcessor`` are interchangeable.
+checkpoint's own files, pictures go through the ``patchify`` op, which also resizes, on the host or on a GPU.  Its outputs and
+those of ``AutoProcessor`` are interchangeable.
 """
 
 from __future__ import annotations
@@ -15,17 +15,10 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, BatchFeature
 
-from glimpse_kernels import patchify
-from glimpse_runtime.images import (
-    ImageInput,
-    check_size,
-    flatten,
-    pixels_of,
-    smart_resize,
-    to_rgb,
-    vertical_pass_first,
-)
+from glimpse_runtime.images import flatten
+from glimpse_runtime.loading import check_device
 from glimpse_runtime.messages import is_nested, normal, pictures_of, prompts_of
+from glimpse_runtime.pixels import pixel_values
 from glimpse_runtime.processor_files import (
     ImageSettings,
     ProcessorError,
@@ -36,13 +29,6 @@ from glimpse_runtime.processor_files import (
 
 IMAGE_TOKEN = "<|image_pad|>"
 VIDEO_TOKEN = "<|video_pad|>"
-_FILTERS = {
-    1: "lanczos",
-    2: "bilinear",
-    3: "bicubic",
-    4: "box",
-    5: "hamming",
-}  # Pillow's numbers of the op's filters
 
 
 class Processor:
@@ -52,9 +38,17 @@ class Processor:
         tokenizer: the checkpoint's own tokenizer.
         image: the `ImageSettings` in force.
         chat_template: the Jinja template, or None where the checkpoint has none.
+        device: where pictures are prepared, and ``pixel_values`` end up, where a call names no other.
     """
 
-    def __init__(self, tokenizer: Any, image: ImageSettings, chat_template: str | None = None) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        image: ImageSettings,
+        chat_template: str | None = None,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        self.device = check_device(device)
         self.tokenizer = tokenizer
         self.image = image
         self.chat_template = chat_template
@@ -70,16 +64,23 @@ class Processor:
 
     @classmethod
     def from_pretrained(
-        cls, folder: str | os.PathLike[str], *, min_pixels: int | None = None, max_pixels: int | None = None
+        cls,
+        folder: str | os.PathLike[str],
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        device: str | torch.device = "cpu",
     ) -> Processor:
         """The processor of a checkpoint.
 
         Args:
             folder: a checkpoint folder, or the name of one on the Hugging Face hub.
             min_pixels, max_pixels: override the checkpoint's bounds on a picture's area.
+            device: prepare pictures there: the model's own, so that patches need not travel.
 
         Raises:
             ProcessorError: a file is missing or does not hold what it should.
+            GlimpseError: torch cannot use the device.
         """
         root = resolve(folder)
         image = load_image_settings(root).with_bounds(min_pixels, max_pixels)
@@ -88,69 +89,28 @@ class Processor:
         except Exception as error:  # transformers raises many types here; all mean the same to the caller
             reason = str(error).strip().split("\n")[0]
             raise ProcessorError(f"no usable tokenizer in {str(root)!r}: {reason}") from error
-        return cls(tokenizer, image, load_chat_template(root) or tokenizer.chat_template)
+        return cls(tokenizer, image, load_chat_template(root) or tokenizer.chat_template, device)
 
     def process_images(
-        self, images: Any, *, min_pixels: int | None = None, max_pixels: int | None = None
+        self,
+        images: Any,
+        *,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        device: str | torch.device | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Pictures → patches.
 
         Args:
             images: a picture or any nesting of lists of them, see `glimpse_runtime.images`.
+            device: where to prepare them; None: the processor's own.
 
         Returns:
-            ``pixel_values [P, 3 * temporal * patch * patch]`` float32 and ``image_grid_thw [images, 3]`` int64
-            (frames, rows and columns of patches).
+            ``pixel_values [P, 3 * temporal * patch * patch]`` float32 on that device and ``image_grid_thw [images, 3]``
+            int64 on the host (frames, rows and columns of patches).
         """
         settings = self.image.with_bounds(min_pixels, max_pixels)
-        patches, grids = [], []
-        for index, item in enumerate(flatten(images)):
-            rows, grid = self._patches(item, settings, f"images[{index}]")
-            patches.append(rows)
-            grids.append(grid)
-        if not patches:
-            width = 3 * settings.temporal_patch_size * settings.patch_size**2
-            patches.append(torch.empty(0, width, dtype=torch.float32))
-        pixels = patches[0] if len(patches) == 1 else torch.cat(patches)
-        return pixels, torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
-
-    def _patches(
-        self, item: ImageInput, settings: ImageSettings, name: str
-    ) -> tuple[torch.Tensor, list[int]]:
-        """Patches of one picture and its grid (frames, rows, columns)."""
-        picture = to_rgb(item, name)
-        check_size(picture, least=settings.patch_size, name=name)
-        size = (picture.height, picture.width)
-        if settings.do_resize:
-            size = smart_resize(
-                picture.height,
-                picture.width,
-                factor=settings.factor,
-                min_pixels=settings.min_pixels,
-                max_pixels=settings.max_pixels,
-            )
-        elif picture.width % settings.factor or picture.height % settings.factor:
-            raise ProcessorError(
-                f"{name}: this checkpoint does not resize, so sides must be multiples of {settings.factor} px, "
-                f"found {picture.width} x {picture.height} px"
-            )
-        resample = _FILTERS.get(settings.resample)
-        if resample is None and size != (picture.height, picture.width):
-            # "nearest" and filters that only some versions of Pillow have: Pillow does it, or says why not.
-            picture = picture.resize((size[1], size[0]), resample=settings.resample)
-        patches = patchify(
-            pixels_of(picture),
-            mean=settings.mean,
-            std=settings.std,
-            size=size,
-            resample=resample or "bicubic",
-            down_first=vertical_pass_first(picture.height, picture.width, size),
-            patch_size=settings.patch_size,
-            temporal_patch_size=settings.temporal_patch_size,
-            merge_size=settings.merge_size,
-            rescale=settings.rescale,
-        )
-        return patches, [1, size[0] // settings.patch_size, size[1] // settings.patch_size]
+        return pixel_values(images, settings, self.device if device is None else check_device(device))
 
     def __call__(
         self,
@@ -164,6 +124,7 @@ class Processor:
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         add_special_tokens: bool = True,
+        device: str | torch.device | None = None,
     ) -> BatchFeature:
         """Prompts and pictures → model inputs.
 
@@ -175,6 +136,8 @@ class Processor:
             images: a picture, a list, or one list per prompt.
             padding, padding_side: as in Hugging Face's tokenizers.
             return_tensors: ``"pt"``, ``"np"`` or None for lists.
+            device: of ``pixel_values`` (``"pt"`` only); None: the processor's own. All else is the host's, where the model
+                reads it.
 
         Returns:
             BatchFeature with ``input_ids``, ``attention_mask``, ``mm_token_type_ids`` ``[B, L]`` int64 (1 where a
@@ -189,10 +152,19 @@ class Processor:
             raise ProcessorError("videos: not supported by this processor, pass the frames as images")
         if text is None and images is None:
             raise ProcessorError("text or images: at least one of them is needed")
+        where = self.device if device is None else check_device(device)
+        if return_tensors != "pt":
+            if device is not None and where.type != "cpu":
+                raise ProcessorError(
+                    f'return_tensors: expected "pt" with device={where}, found {return_tensors!r}'
+                )
+            where = torch.device("cpu")  # arrays and lists are the host's
         prompts = None if text is None else prompts_of(text)
         data: dict[str, Any] = {}
         if images is not None and next(flatten(images), None) is not None:
-            pixels, grid = self.process_images(images, min_pixels=min_pixels, max_pixels=max_pixels)
+            pixels, grid = self.process_images(
+                images, min_pixels=min_pixels, max_pixels=max_pixels, device=where
+            )
             data = {"pixel_values": pixels, "image_grid_thw": grid}
         if prompts is None:
             return BatchFeature(data, tensor_type=return_tensors)
@@ -281,6 +253,7 @@ class Processor:
             "min_pixels",
             "max_pixels",
             "add_special_tokens",
+            "device",
         )
         call = {name: options.pop(name) for name in names if name in options}
         try:

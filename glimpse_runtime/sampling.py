@@ -22,6 +22,7 @@ from transformers.generation import (
     TopPLogitsWarper,
 )
 
+from glimpse_runtime.device_sampling import Choice
 from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
 
 # Options that are honoured; any other field of a GenerationConfig must be at its default.
@@ -166,6 +167,31 @@ def processors(config: GenerationConfig, padding: torch.Tensor, extra: Any) -> L
     fresh = [p for p in chain if type(p.inner if isinstance(p, PerRow) else p) not in kinds]
     at = sum(p in chain[:warpers_from] for p in fresh)
     return LogitsProcessorList([*fresh[:at], *own, *fresh[at:]])
+
+
+def on_device(config: GenerationConfig, prompt: int, logits_processor: Any) -> Choice | None:
+    """How a GPU chooses a call's tokens by itself; None if it cannot: the caller's own code is the host's.
+
+    Args:
+        prompt: (padded) tokens of the prompts.
+        logits_processor: the caller's own.
+    """
+    if logits_processor or config.no_repeat_ngram_size or config.output_scores or config.output_logits:
+        return None
+    processors(
+        config, torch.zeros(1, prompt, dtype=torch.bool), None
+    )  # Hugging Face's own check of the values
+    return Choice(
+        sample=bool(config.do_sample),
+        temperature=1.0 if config.temperature is None else float(config.temperature),
+        top_k=50 if config.top_k is None else int(config.top_k),
+        top_p=1.0 if config.top_p is None else float(config.top_p),
+        min_p=None if config.min_p is None else float(config.min_p),
+        least=max(config.min_new_tokens or 0, (config.min_length or 0) - prompt),
+        ends=frozenset(eos_ids(config)),
+        pad=config.pad_token_id or 0,
+        penalty=1.0 if config.repetition_penalty is None else float(config.repetition_penalty),
+    )
 
 
 def stopping(config: GenerationConfig, tokenizer: Any, extra: Any) -> StoppingCriteriaList:

@@ -13,6 +13,7 @@ import torch
 from glimpse_kernels import Selection, select_tokens
 from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.packing import PackedBatch, Picture
+from glimpse_runtime.uploads import upload_together
 
 ANCHORS = ("tl", "tr", "bl", "br")
 
@@ -51,6 +52,11 @@ class Budget:
             raise GlimpseError(f"group: expected 'row' or 'picture', found {self.group!r}")
 
     @property
+    def capped(self) -> bool:
+        """Whether fewer tokens than there are is the most that can stay, whatever their scores."""
+        return self.max_remain_ratio is not None and self.max_remain_ratio < 1.0
+
+    @property
     def logit_threshold(self) -> float:
         """The threshold on the score itself; sigmoid is monotone."""
         p = self.threshold
@@ -63,17 +69,21 @@ def select(logits: torch.Tensor, batch: PackedBatch, budget: Budget) -> Selectio
     sizes = [stop - start for start, stop in groups]
     caps = [_cap(size, budget.max_remain_ratio) for size in sizes]
     floors = [min(budget.min_remain_num, size) for size in sizes]
-    forced = _forced_mask(batch, budget.anchor_positions)
-    host = torch.tensor([[0, *(stop for _, stop in groups)], [0, *caps], [0, *floors]], dtype=torch.int32)
-    cu_groups, caps_t, floors_t = host.to(logits.device).unbind(0)
+    host = [
+        torch.tensor(numbers, dtype=torch.int32, device="cpu")
+        for numbers in ([0, *(stop for _, stop in groups)], caps, floors)
+    ]
+    mask = _forced_mask(batch, budget.anchor_positions)
+    sent = upload_together(host if mask is None else [*host, mask], logits.device)
+    cu_groups, caps_t, floors_t = sent[:3]
     return select_tokens(
         logits,
         cu_groups,
         threshold=budget.logit_threshold,
-        caps=caps_t[1:],
-        floors=floors_t[1:],
-        forced=forced,
-        token_rows=batch.visual_rows.to(torch.int32),
+        caps=caps_t,
+        floors=floors_t,
+        forced=None if mask is None else sent[3],
+        token_rows=batch.token_rows,
         row_keep=batch.always_kept,
         cu_seqlens=batch.cu_seqlens,
         capacity=batch.num_rows,
@@ -116,13 +126,13 @@ def _groups(pictures: tuple[Picture, ...], by: str) -> list[tuple[int, int]]:
 
 
 def _forced_mask(batch: PackedBatch, anchors: tuple[str, ...]) -> torch.Tensor | None:
-    """`[N]` bool: anchors, and visual tokens with which a prompt ends."""
+    """`[N]` bool on the host: anchors, and visual tokens with which a prompt ends."""
     rows = list(batch.last_visual)
     for p in batch.pictures if anchors else ():
         corner = {"tl": 0, "tr": p.width - 1, "bl": (p.height - 1) * p.width, "br": p.tokens - 1}
         rows += [p.start + corner[a] for a in anchors]
     if not rows:
         return None
-    mask = torch.zeros(batch.num_visual, dtype=torch.bool)
+    mask = torch.zeros(batch.num_visual, dtype=torch.bool, device="cpu")
     mask[rows] = True
-    return mask.to(batch.device)
+    return mask

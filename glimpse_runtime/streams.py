@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Generic, TypeVar
@@ -16,26 +17,27 @@ class Pending(Generic[T]):
     """A result whose computation may still be queued; not to be touched before `join`.
 
     Until then it also holds on to the work, and by it to the tensors that the work reads: their memory is the caller's stream's,
-    which would hand it out again while the other stream is still reading.
+    which would hand it out again while the other stream is still reading. One that is dropped (an exception came in
+    between) is joined as it goes, before what it held.
     """
 
     def __init__(
         self,
         result: T,
         work: Callable[[], T] | None = None,
-        done: Any = None,
-        current: Callable[[], Any] | None = None,
+        wait: Callable[[], None] | None = None,
     ) -> None:
         self._result = result
         self._work = work
-        self._done = done
-        self._current = current
+        self._wait = None if wait is None else weakref.finalize(self, wait)
+        if self._wait is not None:
+            self._wait.atexit = False
 
     def join(self) -> T:
         """The result; the current stream waits for it, the host does not. May be called again."""
-        if self._done is not None and self._current is not None:
-            self._current().wait_event(self._done)
-            self._done = self._work = None
+        if self._wait is not None:
+            self._wait()  # once is enough
+            self._work = None
         return self._result
 
 
@@ -72,7 +74,7 @@ class SideStream:
             main.wait_event(done)
             raise
         done.record(side)
-        return Pending(result, work, done, self._current)
+        return Pending(result, work, lambda: self._current().wait_event(done))
 
     def _current(self) -> Any:
         return self._streams.current_stream(self._device)

@@ -49,11 +49,50 @@ INDEXING = {Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_, Tensor.co
 """What torch lets have a host tensor beside a device tensor."""
 
 
+class HostWaited(AssertionError):
+    """Inside `StandIn.nothing_waits` the host read a device value, or made torch wait for a copy."""
+
+
 @dataclass
 class StandIn:
     """What happened inside the block: `reads` names each wait of the host for a device value."""
 
     reads: list[str] = field(default_factory=list)
+    _strict: bool = False
+    _locked: dict[int, Tensor] = field(default_factory=dict)  # page-locked memory by its address
+
+    @contextmanager
+    def nothing_waits(self) -> Iterator[None]:
+        """Inside, whatever would make the host wait raises `HostWaited`: what is in `reads` otherwise, and copies between the device
+        and memory that is not page-locked. Copies that are asked to be `non_blocking`, from or to page-locked memory, may pass: who
+        reads what they bring waits for an event, which is no concern of this one."""
+        outer, self._strict = self._strict, True
+        try:
+            yield
+        finally:
+            self._strict = outer
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """Inside, as if this were a kernel: what the host reads is not noted."""
+        seen, outer = len(self.reads), self._strict
+        self._strict = False
+        try:
+            yield
+        finally:
+            self._strict = outer
+            del self.reads[seen:]
+
+    def lock(self, memory: Tensor) -> None:
+        self._locked[memory.untyped_storage().data_ptr()] = memory
+
+    def passes(self, host: Tensor, non_blocking: bool) -> bool:
+        """Whether a copy between `host` and the device is queued without a wait."""
+        return not host.numel() or (non_blocking and host.untyped_storage().data_ptr() in self._locked)
+
+    def forbid(self, what: str) -> None:
+        if self._strict:
+            raise HostWaited(what)
 
 
 _current: StandIn | None = None
@@ -113,6 +152,31 @@ def adopt(held: Tensor) -> Tensor:
 def _note(func: Any) -> None:
     if _current is not None:
         _current.reads.append(resolve_name(func) or str(func))
+        _current.forbid(f"{resolve_name(func) or func} reads a device value")
+
+
+def _between(func: Any, host: Tensor, non_blocking: bool) -> None:
+    """A copy between the device and `host`."""
+    if _current is not None and not _current.passes(host, non_blocking):
+        _current.forbid(
+            f"{resolve_name(func) or func} copies between the device and memory that is not page-locked"
+        )
+
+
+def _watch_copies(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_device: bool) -> None:
+    """Copies from the host that torch waits for."""
+    patient = bool(kwargs.get("non_blocking") or (func is Tensor.copy_ and len(args) > 2 and args[2]))
+    source = args[0] if args else None
+    if to_device and func in (Tensor.to, Tensor.cuda):
+        if isinstance(source, Tensor) and not isinstance(source, DeviceTensor):
+            _between(func, source, patient)
+    elif to_device and func in (torch.tensor, torch.as_tensor, torch.asarray):
+        if not isinstance(source, DeviceTensor):
+            _between(func, torch.as_tensor(source), False)
+    elif func in (Tensor.copy_, Tensor.__setitem__) and isinstance(source, DeviceTensor):
+        given = args[1] if func is Tensor.copy_ else args[2]
+        if isinstance(given, Tensor) and not isinstance(given, DeviceTensor):
+            _between(func, given, patient)
 
 
 def _is_ours(device: Any) -> bool:
@@ -132,7 +196,13 @@ def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         return not mine
     if func is Tensor.numpy and mine:
         raise TypeError(f"cannot convert a tensor on {DEVICE} to NumPy: call cpu() first")
+    if kwargs.pop("pin_memory", False):  # page-locked or not, it is memory of the host
+        made = func(*args, **kwargs)
+        if _current is not None:
+            _current.lock(made)
+        return made
     if func is Tensor.cuda:
+        _watch_copies(func, args, kwargs, to_device=True)
         return args[0] if mine else DeviceTensor(args[0].clone())
 
     generator = kwargs.get("generator")
@@ -148,6 +218,7 @@ def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         moved = func is Tensor.to and on_device is not bool(mine)
         if mine and not on_device:
             _note(func)
+        _watch_copies(func, args, kwargs, on_device)
         args, kwargs = tree_map(lambda x: torch.device("cpu") if _is_ours(x) else x, (args, kwargs))
         found = func(*_open(args), **_open(kwargs))
         if moved and found is _open(args)[0]:
@@ -159,8 +230,12 @@ def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
             raise RuntimeError(
                 f"{resolve_name(func)}: expected all tensors on the same device, found {DEVICE} and {others[0].device}"
             )
-        if func in HOST_READS or _host_waits(func, args):
+        if func is Tensor.copy_ and not isinstance(args[0], DeviceTensor):
+            if _current is None or not _current.passes(args[0], bool(kwargs.get("non_blocking"))):
+                _note(func)
+        elif func in HOST_READS or _host_waits(func, args):
             _note(func)
+        _watch_copies(func, args, kwargs, to_device=False)
         if func is Tensor.cpu:
             return args[0].held.clone()
         if func is Tensor.copy_ and not isinstance(args[0], DeviceTensor):
@@ -169,9 +244,7 @@ def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
 
 
 def _host_waits(func: Any, args: Sequence[Any]) -> bool:
-    """A boolean mask as an index (the host allocates what the mask counts), and a copy to the host."""
-    if func is Tensor.copy_:
-        return not isinstance(args[0], DeviceTensor)
+    """A boolean mask as an index: the host allocates what the mask counts."""
     if func in (Tensor.__getitem__, Tensor.__setitem__):
         where = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(
@@ -229,6 +302,7 @@ class _Stream:
 _CUDA = {
     "current_device": lambda: DEVICE.index,
     "current_stream": lambda device=None: _Stream(),
+    "is_current_stream_capturing": lambda: False,
     "stream": lambda stream: nullcontext(),
     "synchronize": lambda device=None: None,
     "Stream": _Stream,

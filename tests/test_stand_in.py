@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from glimpse_kernels import _triton, dispatch, rms_norm
-from tests.stand_in import DEVICE, StandIn, stand_in_gpu
+from tests.stand_in import DEVICE, HostWaited, StandIn, stand_in_gpu
 
 pytestmark = pytest.mark.skipif(
     not _triton.interpreting(), reason=_triton.missing() or "there is a GPU: nothing has to stand in for it"
@@ -120,3 +120,39 @@ def test_it_ends_with_the_block() -> None:
         pass
     assert torch.ones(2).device.type == "cpu"
     assert not torch.cuda.is_available()
+
+
+def test_nothing_waits_means_nothing(gpu: StandIn) -> None:
+    """Each way in which the host would wait raises, and what is queued does not."""
+    x = torch.arange(4.0, device="cuda")
+    host, locked = torch.zeros(4), torch.zeros(4, pin_memory=True)
+    waits = {
+        "item": lambda: x[0].item(),
+        "tolist": lambda: x.tolist(),
+        "nonzero": lambda: x.nonzero(),
+        "where": lambda: torch.nonzero(x > 1),
+        "boolean index": lambda: x[x > 1],
+        "bool": lambda: bool(x[0]),
+        "int": lambda: int(x[0]),
+        "cpu": lambda: x.cpu(),
+        "to": lambda: x.to("cpu"),
+        "up, ordinary memory": lambda: host.to("cuda", non_blocking=True),
+        "up, but waited for": lambda: locked.to("cuda"),
+        "a list": lambda: torch.tensor([1.0, 2.0], device="cuda"),
+        "copy up": lambda: x.copy_(host),
+        "copy down": lambda: host.copy_(x, non_blocking=True),
+        "copy down, waited for": lambda: locked.copy_(x),
+        "assigned": lambda: x.__setitem__(slice(None), host),
+    }
+    for name, wait in waits.items():
+        with gpu.nothing_waits(), pytest.raises(HostWaited):
+            wait()
+            pytest.fail(f"{name}: passed")
+    with gpu.nothing_waits():
+        y = locked.to("cuda", non_blocking=True)
+        x.copy_(locked, non_blocking=True)
+        locked.copy_(y + 1, non_blocking=True)
+        torch.where(x > 1, x, 0.0).masked_fill_(x > 1, 2.0).index_fill_(0, torch.zeros_like(x).long(), 1.0)
+    assert locked.tolist() == [1.0] * 4
+    x.tolist()  # outside it is only noted
+    assert gpu.reads

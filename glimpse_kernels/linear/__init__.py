@@ -57,7 +57,8 @@ def linear_group(
     """x weight^T + bias for one to four weights, in one pass: the query, key and value projections of a layer.
 
     x, and each of weights, biases and outs: as for `linear`; the weights need not lie together, and are all plain or all
-    `Int8Weight` of one group size.
+    `Int8Weight` of one group size. Where torch multiplies on a GPU, weights that are runs of rows of one matrix (biases of one
+    vector, outs of columns) in this order are one product.
 
     Returns the products as a tuple.
 
@@ -89,11 +90,14 @@ def gated_linear(
     up_bias: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Tensor:
     """silu(x gate^T + gate_bias) * (x up^T + up_bias): the first half of a gated MLP (Shazeer, arXiv:2002.05202, section 2).
 
     x, gate and up ([N, K] both), their biases and out: as for `linear`. Neither product is stored, but where torch multiplies.
     Halves of one matrix, the gate's rows first, then are one product.
+    room: [T, 2 N] of x's dtype, contiguous, apart from x and the weights, where stored products may go instead of to new memory;
+    out may be its first N columns, or any other memory.
 
     Returns out. Raises TypeError / ValueError for a wrong dtype / shape, UnsupportedError if no backend serves.
     """
@@ -104,8 +108,14 @@ def gated_linear(
     _check_alike(op, (gate, up))
     if gate.shape != up.shape:
         raise ValueError(f"{op}: up: expected gate's shape {list(gate.shape)}, found {list(up.shape)}")
+    if room is not None:
+        check.expect_tensor(op, "room", room)
+        check.expect_dtype(op, "room", room, x.dtype)
+        check.expect_shape(op, "room", room, (x.shape[0], 2 * gate.shape[0]), "[T, 2 N]")
+        check.expect_contiguous(op, "room", room)
+        check.expect_same_device(op, x.device, room=room)
     serve = dispatch.select(op, x.device, x.dtype, grad=_needs_grad(x, (gate, up), (gate_bias, up_bias)))
-    return serve(x, gate, up, gate_bias, up_bias, out=out)
+    return serve(x, gate, up, gate_bias, up_bias, out=out, room=room)
 
 
 def _check_x(op: str, x: Tensor) -> None:

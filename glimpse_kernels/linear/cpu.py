@@ -79,6 +79,7 @@ def gated_linear(
     up_bias: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Tensor:
     """See `glimpse_kernels.gated_linear`; arguments are checked there."""
     if _torch_is_faster(x, gate):

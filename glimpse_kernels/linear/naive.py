@@ -47,6 +47,7 @@ def gated_linear(
     up_bias: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Tensor:
     """See `glimpse_kernels.gated_linear`. Differentiable when `out` is not given."""
     return _give(F.silu(_product(x, gate, gate_bias)) * _product(x, up, up_bias), x, out)

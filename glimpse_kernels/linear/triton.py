@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 import triton
 from torch import Tensor
 
 from glimpse_kernels import _triton
-from glimpse_kernels.linear.torch_gemm import torch_linear
+from glimpse_kernels.linear.torch_gemm import one_below_the_other, torch_linear, torch_linear_group
 from glimpse_kernels.linear.triton_kernels import GATED, GELU, NONE, linear_row_kernel, linear_tile_kernel
 from glimpse_kernels.linear.weights import Int8Weight, Weight
 from glimpse_kernels.swiglu.triton import swiglu
@@ -122,8 +121,7 @@ def linear_group(
     """See `glimpse_kernels.linear_group`; arguments are checked there."""
     given = (None,) * len(weights) if biases is None else biases
     if _torch_multiplies(x, weights[0]):
-        places = (None,) * len(weights) if outs is None else outs
-        return tuple(linear(x, w, b, out=out) for w, b, out in zip(weights, given, places, strict=True))
+        return torch_linear_group(x, [w for w in weights if isinstance(w, Tensor)], biases, outs)
     if outs is None:
         outs = [x.new_empty(x.shape[0], w.shape[0]) for w in weights]
     _run(x, weights, given, outs, NONE)
@@ -138,18 +136,22 @@ def gated_linear(
     up_bias: Tensor | None = None,
     *,
     out: Tensor | None = None,
+    room: Tensor | None = None,
 ) -> Tensor:
     """See `glimpse_kernels.gated_linear`; arguments are checked there."""
     if _torch_multiplies(x, gate):
         assert isinstance(gate, Tensor) and isinstance(up, Tensor)
         with torch.no_grad():
-            laid, bias = _laid_together(gate, up), None
+            laid, bias = one_below_the_other((gate, up)), None
             if gate_bias is not None and up_bias is not None:
-                bias = _laid_together(gate_bias, up_bias)
+                bias = one_below_the_other((gate_bias, up_bias))
             if laid is not None and (bias is None) == (gate_bias is None and up_bias is None):
-                return swiglu(*F.linear(x, laid, bias).chunk(2, dim=1), out=out)
-            opened = F.linear(x, gate, gate_bias)
-            return swiglu(opened, F.linear(x, up, up_bias), out=opened if out is None else out)
+                return swiglu(*torch_linear(x, laid, bias, None, room).chunk(2, dim=1), out=out)
+            halves = (None, None) if room is None else room.chunk(2, dim=1)
+            opened = torch_linear(x, gate, gate_bias, None, halves[0])
+            return swiglu(
+                opened, torch_linear(x, up, up_bias, None, halves[1]), out=opened if out is None else out
+            )
     if out is None:
         out = x.new_empty(x.shape[0], gate.shape[0])
     _run(x, (gate, up), (gate_bias, up_bias), (out,), GATED)
@@ -161,15 +163,6 @@ def _torch_multiplies(x: Tensor, weight: Weight) -> bool:
     if isinstance(weight, Int8Weight):
         return False
     return x.shape[0] > STREAMED.pick(_triton.chip(x.device).capability, "plain")
-
-
-def _laid_together(a: Tensor, b: Tensor) -> Tensor | None:
-    """a and b as one tensor where b follows a in one memory, row by row; else None."""
-    if a.stride() != b.stride() or a.untyped_storage().data_ptr() != b.untyped_storage().data_ptr():
-        return None
-    if b.storage_offset() != a.storage_offset() + a.shape[0] * a.stride(0):
-        return None
-    return a.as_strided((2 * a.shape[0], *a.shape[1:]), a.stride())
 
 
 def _width(outputs: int) -> str:

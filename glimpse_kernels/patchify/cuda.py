@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`patchify` in CUDA C++ (csrc/cuda/patchify.cu). A resize is not part of the kernel; the definition's, in integers, runs before it on
-the same device."""
+"""`patchify` in CUDA C++ (csrc/cuda/patchify.cu). A resize is not part of the kernel: what runs before it on the same device is
+the Triton kernel, or, where there is no Triton, the definition; both are in integers and give the same bytes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from glimpse_kernels import _cuda
+from glimpse_kernels import _cuda, _triton
 from glimpse_kernels._tensors import DTYPE_CODES
-from glimpse_kernels.patchify.naive import resize
+from glimpse_kernels.patchify import naive
 
 
 def patchify(
@@ -31,7 +31,7 @@ def patchify(
 ) -> Tensor:
     """See `glimpse_kernels.patchify`; arguments are checked there, `size` and `dtype` are those of the result."""
     if tuple(image.shape[:2]) != tuple(size):
-        image = resize(image, size, resample, down_first).contiguous()
+        image = _resize(image, size, resample, down_first)
     height, width, channels = image.shape
     area = patch_size * patch_size
     if out is None:
@@ -58,3 +58,11 @@ def patchify(
         rescale,
     )
     return out
+
+
+def _resize(image: Tensor, size: tuple[int, int], resample: str, down_first: bool) -> Tensor:
+    if _triton.missing():
+        return naive.resize(image, size, resample, down_first).contiguous()
+    from glimpse_kernels.patchify.triton_resize import resize
+
+    return resize(image, size, resample, down_first)

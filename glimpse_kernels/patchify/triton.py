@@ -3,14 +3,13 @@
 
 A byte of a channel has 256 values to become, so they are looked up: the arithmetic is that of the definition, done once on
 the host, and the result the same bit for bit on every device. Every byte is loaded once and stored temporal_patch_size
-times. A resize is not part of the kernel; the definition's, in integers, runs before it on the same device.
+times. A resize is not part of the kernel; `resize` runs before it on the same device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 import triton
@@ -18,7 +17,9 @@ import triton.language as tl
 from torch import Tensor
 
 from glimpse_kernels import _triton
-from glimpse_kernels.patchify.naive import normalise, resize
+from glimpse_kernels.patchify.naive import normalise
+from glimpse_kernels.patchify.resident import Resident
+from glimpse_kernels.patchify.triton_resize import resize
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ CONFIGS: _triton.Configs[Run] = _triton.Configs(
 )
 
 
-@triton.jit(do_not_specialize=["total"])
+@triton.jit(do_not_specialize=["total", "image_stride", "groups_x"])
 def patchify_kernel(
     image,
     table,
@@ -88,8 +89,7 @@ def patchify(
     out: Tensor | None,
 ) -> Tensor:
     """See `glimpse_kernels.patchify`; arguments are checked there, `size` and `dtype` are those of the result."""
-    if tuple(image.shape[:2]) != tuple(size):
-        image = resize(image, size, resample, down_first).contiguous()
+    image = resize(image, size, resample, down_first)
     height, width, channels = image.shape
     values = channels * patch_size * patch_size
     if out is None:
@@ -98,7 +98,7 @@ def patchify(
     total = image.numel()
     if not total:
         return out
-    table = _table(tuple(mean), tuple(std), rescale, dtype, image.device)
+    table = TABLES.on(image.device, tuple(mean), tuple(std), rescale, dtype)
     config = CONFIGS.pick(_triton.chip(image.device).capability, None)
     patchify_kernel[(triton.cdiv(total, config.values),)](
         image,
@@ -118,10 +118,10 @@ def patchify(
     return out
 
 
-@lru_cache(maxsize=64)
-def _table(
-    mean: tuple[float, ...], std: tuple[float, ...], rescale: float, dtype: torch.dtype, device: torch.device
-) -> Tensor:
-    """[256, channels]: what the definition makes of every byte, computed on the CPU."""
+def _table(mean: tuple[float, ...], std: tuple[float, ...], rescale: float, dtype: torch.dtype) -> Tensor:
     every = torch.arange(256, dtype=torch.uint8, device="cpu")[:, None].expand(256, len(mean))
-    return normalise(every, mean, std, rescale).to(dtype).to(device)
+    return normalise(every, mean, std, rescale).to(dtype)
+
+
+TABLES = Resident(_table)
+"""[256, channels]: what the definition makes of every byte, computed on the CPU."""

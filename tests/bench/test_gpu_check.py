@@ -58,7 +58,7 @@ def test_rehearsal_does_all_steps(rehearsal: tuple[subprocess.CompletedProcess[s
         assert report["tests"]["proofs"][f"{op}, {backend}"] == "proven"
     assert report["ceilings"]["copy_bytes_s"] > 0 and report["ceilings"]["gemm_flop_s"]["bf16"] > 0
     assert report["choices"]["status"] == 0 and any("causal" in line for line in report["choices"]["said"])
-    assert len(report["rows"]) == report["planned_rows"] == 7
+    assert len(report["rows"]) == report["planned_rows"] == 8
     for row in report["rows"]:
         assert row["fault"] is None and row["ours_s"] > 0 and row["ours"]["how"] == "host"
     assert [t["met"] for t in report["targets"]] == [None] * len(gpu_targets.TARGETS)
@@ -97,7 +97,7 @@ def test_an_unknown_op_is_refused() -> None:
 
 def test_the_page_is_what_the_files_say() -> None:
     proofs = json.loads((ROOT / "glimpse_kernels" / "proof.json").read_text())
-    wanted = gpu_status.render(proofs, gpu_status.results())
+    wanted = gpu_status.render(proofs, gpu_facts.results(gpu_status.KIND))
     assert gpu_status.PAGE.read_text() == wanted, "python -m bench.gpu_status writes the page anew"
 
 
@@ -203,7 +203,7 @@ def test_results_feed_the_page(tmp_path: Path) -> None:
         "commit": "abc",
         "tests": 7,
     }
-    text = gpu_status.render([proof], gpu_status.results(tmp_path))
+    text = gpu_status.render([proof], gpu_facts.results(gpu_status.KIND, tmp_path))
     assert "| 0.7 ms | no | NVIDIA H200, `nvidia-h200-2026-11-21.json` |" in text
     assert (
         "| `rope` | triton | 2026-11-21 | NVIDIA H200 | abc | 7 |" in text

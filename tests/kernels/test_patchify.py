@@ -1,7 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""patchify against Hugging Face's PIL image processor."""
+"""patchify against Hugging Face's PIL image processor, its resize against Pillow."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import PIL
@@ -10,11 +15,23 @@ import torch
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from glimpse_kernels import patchify
+from glimpse_kernels import _cuda, _triton, dispatch, patchify
 from glimpse_kernels.patchify.naive import patchify as definition
-from tests.kernels.kernel_cases import Case, op_cases
+from glimpse_kernels.patchify.naive import resize as defined_resize
+from glimpse_kernels.patchify.resident import Resident
+from tests.kernels.kernel_cases import Case, needs_triton, op_cases
+from tests.stand_in import stand_in_gpu
 
 all_cases = pytest.mark.parametrize("kernel", op_cases("patchify"), indirect=True)
+resizing = pytest.mark.parametrize(
+    "kernel",
+    [case for case in op_cases("patchify") if case.values[0].backend != "cuda"],  # type: ignore[attr-defined]
+    indirect=True,
+)
+"""The backend in CUDA C++ has no resize of its own; what it takes is proven by Triton's cases, that it does by two of all."""
+needs_interpreter = pytest.mark.skipif(
+    not _triton.interpreting(), reason="GPU kernels run on the GPU; this needs the stand-in"
+)
 
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -167,7 +184,7 @@ def assert_pillow(image: torch.Tensor, size: tuple[int, int], resample: str) -> 
     np.testing.assert_array_equal(got.view(*size, 3).cpu().numpy(), want)
 
 
-@all_cases
+@resizing
 @pytest.mark.parametrize("resample", FILTERS)
 @pytest.mark.parametrize(
     ("given", "size"),
@@ -187,7 +204,7 @@ def assert_pillow(image: torch.Tensor, size: tuple[int, int], resample: str) -> 
         ((31, 47), (31, 20)),  # one side stays
         ((31, 47), (12, 47)),
         ((31, 47), (31, 47)),
-        ((500, 260), (14, 17)),
+        ((250, 130), (14, 17)),
     ],
 )
 def test_resize_equals_pillow(
@@ -196,7 +213,16 @@ def test_resize_equals_pillow(
     assert_pillow(picture(*given), size, resample)
 
 
-@all_cases
+@resizing
+@pytest.mark.parametrize(
+    ("given", "size"), [((5, 4000), (28, 1148)), ((3000, 5), (868, 28)), ((20, 28), (5, 2800))]
+)
+def test_resize_of_a_long_side(kernel: Case, given: tuple[int, int], size: tuple[int, int]) -> None:
+    """The sides of large pictures, in both directions."""
+    assert_pillow(picture(*given), size, "bicubic")
+
+
+@resizing
 @pytest.mark.parametrize("resample", FILTERS)
 def test_resize_clips_as_pillow_does(kernel: Case, resample: str) -> None:
     """Black and white only: filters with negative weights overshoot at every edge."""
@@ -205,7 +231,7 @@ def test_resize_clips_as_pillow_does(kernel: Case, resample: str) -> None:
         assert_pillow(image, size, resample)
 
 
-@all_cases
+@resizing
 def test_resize_of_a_cropped_view(kernel: Case) -> None:
     whole = picture(70, 60)
     assert_pillow(whole[5:66], (28, 31), "bicubic")
@@ -215,7 +241,7 @@ def test_resize_of_a_cropped_view(kernel: Case) -> None:
     assert_pillow(view, (28, 31), "bicubic")
 
 
-@all_cases
+@resizing
 @pytest.mark.parametrize("given", [(100, 150), (333, 222), (29, 41), (61, 600), (400, 60)])
 def test_resize_equals_the_processor(kernel: Case, given: tuple[int, int]) -> None:
     image = picture(*given)
@@ -232,7 +258,7 @@ def test_resize_equals_the_processor(kernel: Case, given: tuple[int, int]) -> No
     assert torch.equal(half, got.bfloat16())
 
 
-@all_cases
+@resizing
 @pytest.mark.parametrize("given", [(97, 150), (400, 60)])
 def test_resize_does_not_depend_on_the_number_of_threads(kernel: Case, given: tuple[int, int]) -> None:
     image = picture(*given)
@@ -249,6 +275,127 @@ def test_resize_does_not_depend_on_the_number_of_threads(kernel: Case, given: tu
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
+
+
+def on_device(image: torch.Tensor) -> torch.Tensor:
+    return image.to("cuda", non_blocking=True)
+
+
+@needs_triton
+@needs_interpreter
+@pytest.mark.parametrize("resample", ["bicubic", "lanczos"])
+@pytest.mark.parametrize(("rows", "values"), [(1, 16), (2, 64), (16, 32), (8, 1024)])
+def test_resize_in_pieces_of_any_size(rows: int, values: int, resample: str) -> None:
+    from glimpse_kernels.patchify import triton_resize
+
+    image = picture(13, 9)
+    with stand_in_gpu(), triton_resize.CONFIGS.forced(triton_resize.Run(4, rows=rows, values=values)):
+        for size in ((5, 23), (21, 4), (13, 11), (1, 9)):
+            for down_first in (False, True):
+                got = triton_resize.resize(on_device(image), size, resample, down_first)
+                assert got.shape == (*size, 3) and (size[0] == 1 or got.stride(0) % 16 == 0)
+                assert torch.equal(got.cpu(), defined_resize(image, size, resample, down_first))
+
+
+@contextmanager
+def launches() -> Iterator[list[str]]:
+    """Names of the Triton kernels that are launched in the block, inside `stand_in_gpu`."""
+    from triton.runtime.interpreter import GridExecutor
+
+    found: list[str] = []
+    launch = GridExecutor.__call__
+
+    def noted(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(self.fn.__name__)
+        return launch(self, *args, **kwargs)
+
+    with mock.patch.object(GridExecutor, "__call__", noted):
+        yield found
+
+
+@needs_triton
+@needs_interpreter
+@pytest.mark.parametrize(
+    ("size", "resizes"), [((28, 56), 2), ((84, 28), 2), ((56, 84), 1), ((28, 112), 1), ((56, 112), 0)]
+)
+def test_a_launch_for_each_direction_and_one_for_the_patches(size: tuple[int, int], resizes: int) -> None:
+    with stand_in_gpu(), dispatch.force_backend("triton"):
+        image = on_device(picture(56, 112))
+        with launches() as found:
+            patchify(image, mean=MEAN, std=STD, size=size)
+    assert found == ["resize_kernel"] * resizes + ["patchify_kernel"]
+
+
+@needs_interpreter
+@pytest.mark.parametrize("backend", ["naive", "triton", "cuda"])
+def test_the_host_waits_for_nothing(backend: str) -> None:
+    if backend not in {row.backend for row in dispatch.support_table() if row.op == "patchify"} or (
+        backend == "cuda" and not _cuda.emulating()
+    ):
+        pytest.skip(f"no {backend} here")
+    image = picture(61, 47)
+    with stand_in_gpu() as gpu, dispatch.force_backend(backend):
+        given = on_device(image)
+        got = patchify(given, mean=MEAN, std=STD, size=(28, 56), resample="lanczos")
+        assert not gpu.reads and got.is_cuda
+        assert torch.equal(
+            got.cpu(), definition(image, mean=MEAN, std=STD, size=(28, 56), resample="lanczos")
+        )
+
+
+class Stream:
+    """A stream of `torch.cuda` by its number alone."""
+
+    def __init__(self, number: int) -> None:
+        self.cuda_stream = number
+
+
+def made(*key: int) -> torch.Tensor:
+    return torch.tensor(key, dtype=torch.int32)
+
+
+def test_tables_are_made_once_for_each_stream() -> None:
+    with stand_in_gpu() as gpu, mock.patch.object(torch.cuda, "current_stream") as stream:
+        make = mock.Mock(side_effect=made)
+        tables, device = Resident(make), torch.device("cuda", 0)
+        found = []
+        for number in (3, 4, 3, 4):
+            stream.return_value = Stream(number)
+            found.append(tables.on(device, 5, 6))
+        assert found[0] is found[2] and found[1] is found[3] and found[0] is not found[1]
+        assert make.call_count == 2 and not gpu.reads
+        assert all(table.is_cuda and table.cpu().tolist() == [5, 6] for table in found)
+        assert tables.on(device, 6, 5).cpu().tolist() == [6, 5]
+
+
+def test_the_table_used_longest_ago_goes_first() -> None:
+    with stand_in_gpu():
+        tables, device = Resident(made, most=2), torch.device("cuda", 0)
+        first, second = tables.on(device, 1), tables.on(device, 2)
+        assert tables.on(device, 1) is first
+        tables.on(device, 3)
+        assert tables.on(device, 1) is first and tables.on(device, 2) is not second
+
+
+def test_a_graph_keeps_its_tables() -> None:
+    """What a CUDA graph reads at every replay must not be given to somebody else."""
+    with (
+        stand_in_gpu(),
+        mock.patch.object(torch.cuda, "current_stream") as stream,
+        mock.patch.object(torch.cuda, "is_current_stream_capturing") as capturing,
+    ):
+        stream.return_value, capturing.return_value = Stream(1), False
+        tables, device = Resident(made, most=1), torch.device("cuda", 0)
+        before = tables.on(device, 1)
+        stream.return_value, capturing.return_value = Stream(2), True
+        assert tables.on(device, 1) is before
+        with pytest.raises(RuntimeError, match=r"once before a CUDA graph is captured: a table for \(2,\)"):
+            tables.on(device, 2)
+        stream.return_value, capturing.return_value = Stream(1), False
+        tables.on(device, 2)
+        assert tables.on(device, 1) is not before
+        capturing.return_value = True
+        assert tables.on(device, 1) is before
 
 
 def test_bad_sizes() -> None:

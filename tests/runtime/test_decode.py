@@ -11,7 +11,7 @@ import torch
 
 import glimpse_runtime as glimpse
 from glimpse_kernels import force_backend, quantize_int8, recording
-from glimpse_runtime import decode, generate, sampling
+from glimpse_runtime import decode, device_decode, sampling
 from glimpse_runtime.cache import BLOCK_SIZE
 from glimpse_runtime.decode import CHUNK, DecodeLoop
 from glimpse_runtime.errors import GlimpseError
@@ -176,7 +176,7 @@ def test_generate_is_the_same_with_and_without_recordings(either, monkeypatch):
         loops.append(DecodeLoop(*args, record=False, **kwargs))
         return loops[-1]
 
-    monkeypatch.setattr(generate, "DecodeLoop", eager)
+    monkeypatch.setattr(device_decode, "DecodeLoop", eager)
     assert torch.equal(either.generate(**batch, **options), replayed)
     assert loops and loops[0].recording is None
 

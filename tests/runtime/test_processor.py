@@ -17,7 +17,7 @@ from transformers.models.qwen2_5_vl.processing_qwen2_5_vl import Qwen2_5_VLProce
 from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as reference
 
 from glimpse_runtime.errors import CheckpointError
-from glimpse_runtime.images import ImageError, smart_resize, to_rgb
+from glimpse_runtime.images import ImageError, pixels_of, smart_resize, to_rgb
 from glimpse_runtime.processor import Processor
 from glimpse_runtime.processor_files import ImageSettings, ProcessorError
 
@@ -143,6 +143,35 @@ def test_orientation_equals_hugging_face(processor, pictures_of_hf, tmp_path, or
     else:
         with Image.open(path) as opened:
             assert_same(processor.process_images(opened), pictures_of_hf(opened, return_tensors="pt"))
+
+
+@pytest.mark.parametrize("ending", ["png", "jpeg", "webp", "tiff", "bmp", "gif", "jp2", "ico"])
+def test_file_formats_equal_hugging_face(processor, pictures_of_hf, tmp_path, ending):
+    path = tmp_path / f"a.{ending}"
+    try:
+        noise(90, 61).save(path)
+    except (KeyError, OSError) as missing:
+        pytest.skip(f"this Pillow does not write it: {missing}")
+    fetched = pictures_of_hf.fetch_images(str(path))
+    assert_same(processor.process_images(path), pictures_of_hf(fetched, return_tensors="pt"))
+    with Image.open(path) as opened:
+        assert_same(processor.process_images(opened), pictures_of_hf(opened, return_tensors="pt"))
+
+
+def test_pictures_are_left_alone(processor):
+    """Nothing is copied that need not be, and nothing of the caller's is written to."""
+    image, array = noise(90, 61), np.asarray(noise(90, 61, seed=1)).copy()
+    before = image.tobytes(), array.tobytes()
+    assert to_rgb(image) is image
+    processor.process_images([image, array, torch.from_numpy(array)])
+    assert (image.tobytes(), array.tobytes()) == before
+
+
+def test_pictures_larger_than_a_strip():
+    for size in ((3001, 131), (131, 3001), (2000, 1999)):
+        image = noise(*size)
+        found = pixels_of(image)
+        assert found.is_contiguous() and np.array_equal(found.numpy(), np.asarray(image))
 
 
 @pytest.mark.parametrize("shape", [(61, 90, 3), (3, 61, 90), (61, 90, 4), (61, 90, 1), (1, 61, 90)])

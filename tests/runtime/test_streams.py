@@ -130,6 +130,24 @@ def test_the_current_stream_waits_for_what_failed_work_had_queued() -> None:
     assert streams.log[-2:] == ["side1: half", "main: wait for side1 after 'side1: half'"]
 
 
+def test_what_is_dropped_is_joined_before_its_inputs_go() -> None:
+    """An exception between fork and join: memory that the work still reads must not be handed out before the wait is queued."""
+    streams, tap = FakeStreams(), torch.ones(3)
+    weakref.finalize(tap, streams.do, "tap is gone")
+
+    def queued(tap: torch.Tensor) -> Pending[torch.Tensor]:
+        return SideStream(CUDA, streams).run(lambda: streams.do("prepare") or tap + 1)
+
+    pending = queued(tap)
+    del tap
+    streams.do("layers")
+    del pending
+    gc.collect()
+    side, wait, gone = streams.log[1], *streams.log[-2:]
+    assert side == "side1: prepare" and wait == "main: wait for side1 after 'side1: prepare'"
+    assert gone == "main: tap is gone"
+
+
 def test_elsewhere_it_is_a_plain_call() -> None:
     streams = FakeStreams()
     pending = SideStream(torch.device("cpu"), streams).run(lambda: streams.do("prepare") or 7)

@@ -7,13 +7,14 @@ as the pair (`hidden`, `delta`): the last sublayer's output is added by the next
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from glimpse_kernels import mrope_cos_sin, rms_norm
 from glimpse_runtime.models.qwen2_5_vl.config import TextConfig
-from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup, mlp, mlp_rows
 
 
 @dataclass(frozen=True)
@@ -52,9 +53,9 @@ class Buffers:
 
     Attributes:
         x: `[T, width]` normed input of a sublayer.
-        qkv: `[T, heads * head_dim]` each.
+        qkv: `[T, heads * head_dim]` each; on a GPU columns of one tensor, so that one product can write all three.
         attended: `[T, heads, head_dim]`.
-        inner: `[T, intermediate]`.
+        inner: `[T, intermediate]`, or as many rows as the MLP takes at once.
         delta: `[T, width]` output of a sublayer.
     """
 
@@ -65,17 +66,33 @@ class Buffers:
     delta: torch.Tensor
 
     @classmethod
-    def allocate(cls, config: TextConfig, rows: int, dtype: torch.dtype, device: torch.device) -> Buffers:
-        def empty(*shape: int) -> torch.Tensor:
-            return torch.empty(rows, *shape, dtype=dtype, device=device)
+    def allocate(
+        cls,
+        config: TextConfig,
+        rows: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        empty: Callable[[str, tuple[int, ...], torch.dtype], torch.Tensor] | None = None,
+    ) -> Buffers:
+        """New memory, or what `empty(name, shape, dtype)` gives."""
+
+        def room(name: str, *shape: int) -> torch.Tensor:
+            if empty is not None:
+                return empty(name, shape, dtype)
+            return torch.empty(shape, dtype=dtype, device=device)
 
         queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        sizes = (queries, keys, keys)
+        if device.type == "cpu":
+            q, k, v = (room(name, rows, size) for name, size in zip("qkv", sizes, strict=True))
+        else:
+            q, k, v = room("qkv", rows, sum(sizes)).split(sizes, dim=1)
         return cls(
-            x=empty(config.hidden_size),
-            qkv=(empty(queries), empty(keys), empty(keys)),
-            attended=empty(config.num_heads, config.head_dim),
-            inner=empty(config.intermediate_size),
-            delta=empty(config.hidden_size),
+            x=room("x", rows, config.hidden_size),
+            qkv=(q, k, v),
+            attended=room("attended", rows, config.num_heads, config.head_dim),
+            inner=room("inner", mlp_rows(rows, device), config.intermediate_size),
+            delta=room("delta", rows, config.hidden_size),
         )
 
 
@@ -120,7 +137,7 @@ class Decoder:
         x, inner, delta = (None, None, None) if into is None else (into.x, into.inner, into.delta)
         stream.delta = layer.o_proj(attended.flatten(1), out=delta)
         normed = self.normed(stream, layer.post_norm, x)
-        stream.delta = layer.down(layer.gated(normed, out=inner), out=delta)
+        stream.delta = mlp(layer.gated, layer.down, normed, inner, delta)
 
     def logits(
         self, stream: Stream, into: Buffers | None = None, out: torch.Tensor | None = None

@@ -138,20 +138,18 @@ def pack(
                 f"{kind} grids: {len(left)} more than the {kind} tokens in input_ids account for"
             )
 
-    def tensor(parts: Sequence[np.ndarray], axis: int = 0) -> torch.Tensor:
-        joined = np.concatenate(parts, axis=axis) if parts else np.zeros(0, dtype=np.int64)
-        return torch.from_numpy(np.ascontiguousarray(joined, dtype=np.int64)).to(device)
-
-    return PackedBatch(
-        ids=tensor(ids),
-        lengths=tuple(lengths),
-        prompt_lengths=tuple(len(tokens) for tokens in rows),
+    nothing = np.zeros(0, dtype=np.int64)
+    return PackedBatch.build(
+        ids=np.concatenate(ids),
+        positions=np.concatenate(positions, axis=1),
+        next_positions=np.stack(next_positions, axis=1),
+        visual_rows=np.concatenate([nothing, *visual_rows]),
+        visual_order=np.concatenate([nothing, *visual_order]),
+        lengths=lengths,
+        prompt_lengths=[len(tokens) for tokens in rows],
         probe_length=probe_length,
-        positions=tensor(positions, axis=1),
-        next_positions=tensor([np.stack(next_positions, axis=1)], axis=1),
-        visual_rows=tensor(visual_rows),
-        visual_order=tensor(visual_order),
-        pictures=tuple(pictures),
+        pictures=pictures,
+        device=device,
     )
 
 

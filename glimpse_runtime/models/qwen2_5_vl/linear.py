@@ -10,6 +10,10 @@ import torch
 
 from glimpse_kernels import gated_linear, linear, linear_group
 from glimpse_kernels.linear import Weight
+from glimpse_kernels.linear.torch_gemm import one_below_the_other
+
+MLP_ROWS = 8192
+"""Rows that go through an MLP at once on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -26,8 +30,24 @@ class Linear:
         return linear(x, self.weight, self.bias, activation=activation, out=out)
 
 
+def lay_together(parts: Sequence[Linear]) -> list[Linear]:
+    """The same products with their weights one below the other in one matrix, and their biases in one vector: a GPU then does
+    them at once. 8-bit weights stay where they are, and so does everything on a CPU."""
+    plain = [part.weight for part in parts if isinstance(part.weight, torch.Tensor)]
+    places = {weight.device.type for weight in plain}
+    if len(plain) < len(parts) or len(places) > 1 or "cpu" in places:
+        return list(parts)
+    sizes = [weight.shape[0] for weight in plain]
+    weights = torch.cat(plain).split(sizes) if one_below_the_other(plain) is None else plain
+    biases: Sequence[torch.Tensor | None] = [part.bias for part in parts]
+    given = [bias for bias in biases if bias is not None]
+    if len(given) == len(parts) and one_below_the_other(given) is None:
+        biases = torch.cat(given).split(sizes)
+    return [Linear(weight, bias) for weight, bias in zip(weights, biases, strict=True)]
+
+
 class LinearGroup:
-    """Several products of the same input in one call. The weights stay apart, as the checkpoint has them."""
+    """Several products of the same input in one call."""
 
     def __init__(self, parts: Sequence[Linear]) -> None:
         self.parts = tuple(parts)
@@ -57,7 +77,46 @@ class GatedLinear:
     gate: Linear
     up: Linear
 
-    def __call__(self, x: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
-        """`[T, inner]` for `x [T, in]`."""
+    def __call__(
+        self, x: torch.Tensor, *, out: torch.Tensor | None = None, room: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """`[T, inner]` for `x [T, in]`; `room [T, 2 * inner]` as in `glimpse_kernels.gated_linear`."""
         gate, up = self.gate, self.up
-        return gated_linear(x, gate.weight, up.weight, gate.bias, up.bias, out=out)
+        return gated_linear(x, gate.weight, up.weight, gate.bias, up.bias, out=out, room=room)
+
+
+def mlp_rows(rows: int, device: torch.device) -> int:
+    """How many of so many rows go through an MLP at once: its inner rows are the widest of all. On a GPU a product of `MLP_ROWS`
+    is as fast, row by row, as a larger one."""
+    if device.type == "cpu" or rows <= MLP_ROWS:
+        return rows
+    return -(-rows // -(-rows // MLP_ROWS))
+
+
+def mlp(
+    gated: GatedLinear,
+    down: Linear,
+    x: torch.Tensor,
+    inner: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`down(gated(x))`: `[T, out]` for `x [T, in]`.
+
+    inner: what lies between the two, for `mlp_rows(T)` rows: `[rows, inner]`, or `[rows, 2 * inner]` with room for what a GPU
+    stores before (contiguous).
+    """
+    width, at_once = gated.gate.weight.shape[0], mlp_rows(x.shape[0], x.device)
+
+    def some(x: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+        if inner is None:
+            return down(gated(x), out=out)
+        held = inner[: x.shape[0]]
+        room = held if held.shape[1] > width else None
+        return down(gated(x, out=held[:, :width], room=room), out=out)
+
+    if at_once == x.shape[0]:
+        return some(x, out)
+    out = x.new_empty(x.shape[0], down.weight.shape[0]) if out is None else out
+    for rows, to in zip(x.split(at_once), out.split(at_once), strict=True):
+        some(rows, to)
+    return out

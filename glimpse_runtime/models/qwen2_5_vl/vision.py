@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from glimpse_kernels import attention, rms_norm, rope
 from glimpse_runtime.models.qwen2_5_vl.config import VisionConfig
-from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
-from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear
+from glimpse_runtime.models.qwen2_5_vl.layout import Grid, VisionLayout, vision_layout
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, mlp, mlp_rows
+
+MOST_PATCHES = 1 << 17
+"""Patches that go through the tower together on a GPU, unless a single picture or video has more."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +51,7 @@ class _Buffers:
         x, delta: `[P, width]` normed input and output of a sublayer.
         qkv: `[P, 3 * width]`.
         attended: `[P, heads, head_dim]`.
-        inner: `[P, intermediate]`.
+        inner: of the MLP, see `linear.mlp`.
     """
 
     x: torch.Tensor
@@ -58,14 +62,34 @@ class _Buffers:
 
     @classmethod
     def allocate(cls, config: VisionConfig, hidden: torch.Tensor) -> _Buffers:
-        rows, width = hidden.shape
+        (rows, width), inner = hidden.shape, config.intermediate_size
+        if hidden.device.type == "cpu":
+            qkv, between = hidden.new_empty(rows, 3 * width), hidden.new_empty(rows, inner)
+        else:  # attention is done with the one when the MLP begins with the other
+            shapes = (rows, 3 * width), (mlp_rows(rows, hidden.device), 2 * inner)
+            room = hidden.new_empty(max(n * size for n, size in shapes))
+            qkv, between = (room[: n * size].view(n, size) for n, size in shapes)
         return cls(
             x=torch.empty_like(hidden),
             delta=torch.empty_like(hidden),
-            qkv=hidden.new_empty(rows, 3 * width),
+            qkv=qkv,
             attended=hidden.new_empty(rows, config.num_heads, config.head_dim),
-            inner=hidden.new_empty(rows, config.intermediate_size),
+            inner=between,
         )
+
+
+def _passes(grids: Sequence[Grid]) -> list[tuple[Grid, ...]]:
+    """Neighbouring pictures, or videos, of up to `MOST_PATCHES` together."""
+    passes: list[tuple[Grid, ...]] = []
+    room = 0
+    for grid in grids:
+        patches = math.prod(grid)
+        if patches > room:
+            passes.append(())
+            room = MOST_PATCHES
+        passes[-1] += (grid,)
+        room -= patches
+    return passes
 
 
 @dataclass(frozen=True)
@@ -88,9 +112,33 @@ class VisionTower:
     ) -> VisionOutput:
         """Encode `pixel_values [P, patch_dim]` (any float dtype, processor order).
 
-        `taps` names the blocks whose pooled output is wanted.
+        `taps` names the blocks whose pooled output is wanted. On a GPU many pictures go through in several passes: none of them
+        sees another one, and `MOST_PATCHES` keep it busy.
         """
-        wanted = frozenset(taps)
+        wanted, passes = frozenset(taps), _passes(layout.grids)
+        if pixel_values.device.type == "cpu" or len(passes) == 1:
+            return self._encoded(pixel_values, layout, wanted)
+        width, unit, device = self.config.hidden_size, self.config.merge_unit, pixel_values.device
+        tokens = layout.patches // unit
+        whole = VisionOutput(
+            torch.empty(tokens, self.config.out_hidden_size, dtype=self.dtype, device=device),
+            {block: torch.empty(tokens, width, dtype=self.dtype, device=device) for block in wanted},
+        )
+        begin = 0
+        for grids in passes:
+            some = vision_layout(grids, self.config, device)
+            end = begin + some.patches
+            part = self._encoded(pixel_values[begin:end], some, wanted)
+            rows = slice(begin // unit, end // unit)
+            whole.embeds[rows].copy_(part.embeds)
+            for block, tap in part.taps.items():
+                whole.taps[block][rows].copy_(tap)
+            begin = end
+        return whole
+
+    def _encoded(
+        self, pixel_values: torch.Tensor, layout: VisionLayout, wanted: frozenset[int]
+    ) -> VisionOutput:
         found: dict[int, torch.Tensor] = {}
         config = self.config
         hidden = self.patch_embed(pixel_values.to(self.dtype))
@@ -104,7 +152,7 @@ class VisionTower:
             full = number in config.full_attention_blocks
             delta = block.proj(self._attend(block, x, layout, full, into), out=into.delta)
             x = self._normed(hidden, delta, block.norm2, into)
-            delta = block.down(block.gated(x, out=into.inner), out=into.delta)
+            delta = mlp(block.gated, block.down, x, into.inner, into.delta)
         x = self._normed(hidden, delta, self.merger_norm, into)
         if len(self.blocks) - 1 in wanted:
             found[len(self.blocks) - 1] = self._pool(hidden, layout)
@@ -129,7 +177,7 @@ class VisionTower:
         longest = layout.longest_frame if full else layout.longest_window
         qkv = block.qkv(x, out=into.qkv)
         q, k, v = qkv.view(-1, 3, config.num_heads, config.head_dim).unbind(1)
-        rope(q, k, layout.cos, layout.sin)
+        rope(q, k, *layout.rotary)
         attended = attention(q, k, v, cu, cu, causal=False, max_seqlen_q=longest, out=into.attended)
         return attended.view(-1, config.hidden_size)
 

@@ -11,7 +11,7 @@ import torch
 from glimpse_runtime.errors import CheckpointError
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder, DecoderLayer
-from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup, Weight
+from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, LinearGroup, Weight, lay_together
 from glimpse_runtime.models.qwen2_5_vl.vision import VisionBlock, VisionTower
 
 # Checkpoints spell the two halves differently: the hub's older files, and what transformers 5 holds in memory.
@@ -67,8 +67,8 @@ class WeightReader:
         )
 
     def gated(self, at: str, inner: int, width: int, *, bias: bool) -> GatedLinear:
-        gate, up = (self.linear(f"{at}.{name}_proj", inner, width, bias=bias) for name in ("gate", "up"))
-        return GatedLinear(gate, up)
+        both = [self.linear(f"{at}.{name}_proj", inner, width, bias=bias) for name in ("gate", "up")]
+        return GatedLinear(*lay_together(both))
 
     def finish(self) -> None:
         """Raise `CheckpointError` if a key was missing or is left over."""
@@ -116,7 +116,7 @@ def read_vision(reader: WeightReader, config: ModelConfig) -> VisionTower:
 def read_decoder(
     reader: WeightReader, config: ModelConfig, pack: Callable[[torch.Tensor], Weight] = lambda weight: weight
 ) -> Decoder:
-    """The decoder's weights.
+    """The decoder's weights; on a GPU those of the query, key and value projections of a layer lie together, and those of gate and up.
 
     Args:
         pack: how the matrices that rows are multiplied with are kept. The token embedding, which is only looked up, and
@@ -137,17 +137,21 @@ def read_decoder(
             DecoderLayer(
                 input_norm=reader.take(f"{at}.input_layernorm.weight", width),
                 qkv=LinearGroup(
-                    [
-                        product(f"{at}.self_attn.{name}_proj", rows, width, bias=True)
-                        for name, rows in (("q", q), ("k", kv), ("v", kv))
-                    ]
+                    lay_together(
+                        [
+                            product(f"{at}.self_attn.{name}_proj", rows, width, bias=True)
+                            for name, rows in (("q", q), ("k", kv), ("v", kv))
+                        ]
+                    )
                 ),
                 o_proj=product(f"{at}.self_attn.o_proj", width, q, bias=False),
                 post_norm=reader.take(f"{at}.post_attention_layernorm.weight", width),
                 gated=GatedLinear(
-                    *(
-                        product(f"{at}.mlp.{name}_proj", c.intermediate_size, width, bias=False)
-                        for name in ("gate", "up")
+                    *lay_together(
+                        [
+                            product(f"{at}.mlp.{name}_proj", c.intermediate_size, width, bias=False)
+                            for name in ("gate", "up")
+                        ]
                     )
                 ),
                 down=product(f"{at}.mlp.down_proj", width, c.intermediate_size, bias=False),

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Decoding on a GPU: captured steps, and tokens that the host reads some steps later.
+
+A step is two captured pieces of work: the layers (`DeviceLanes.step`), keyed by lanes, width of the block table and pool; and the
+choice of the next tokens (`Picker.pick`), keyed by lanes and what it can do. The second one stands alone because a call's first
+token comes from prefill's logits, and because it is so cheap to capture that no two ways to sample need the layers twice.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Hashable, Iterator
+from functools import partial
+
+import torch
+
+from glimpse_runtime.cache import KvLease
+from glimpse_runtime.decode import DecodeLoop, pool_is_full
+from glimpse_runtime.device_sampling import RING, Choice
+from glimpse_runtime.engine import Engine
+from glimpse_runtime.lanes import CHUNK
+from glimpse_runtime.prefill import Prefill
+
+LAG = 1
+"""Steps that are queued behind the one whose tokens the host waits for: what it does with them has to take less time than these.
+So many run for nothing after the last row has ended."""
+
+
+class DeviceLoop:
+    """The decoding state of a batch on a GPU; `step`, `advance` and `retire` as in `DecodeLoop`.
+
+    Args:
+        engine: keeps the static memory and what was captured.
+        lease: what prefill left.
+        next_positions: `[3, B]`, see `DecodeLoop`.
+        room: rows that prefill left free for each sequence.
+    """
+
+    def __init__(self, engine: Engine, lease: KvLease, next_positions: torch.Tensor, room: int) -> None:
+        self.pool = lease
+        self._batch, self._room, self._planned = len(lease.capacities), room, 0
+        self._station = engine.station(lease)
+        self._leave = weakref.finalize(self, engine.leave, self._station)
+        self._leave.atexit = False
+        lanes = self._station.lanes
+        lanes.admit(lease, next_positions)
+        self._work = partial(lanes.step, lease.pool)
+        self._key = ("step", lanes.count, lanes.width, lease.pool.generation)
+        self._pick: Hashable = None  # what takes turns with it
+
+    def step(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Append `tokens [B]` and return the logits `[B, vocabulary]` after them, in memory of their own.
+
+        Raises:
+            GlimpseError: the pool is full.
+        """
+        return self.advance(tokens).clone()
+
+    def advance(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`step` whose result is overwritten by the next one."""
+        self._station.lanes.tokens[: self._batch].copy_(tokens)
+        self._forward()
+        return self._station.lanes.logits[: self._batch]
+
+    def retire(self, finished: torch.Tensor) -> None:
+        """Stop computing the rows where `finished [B]` is true."""
+        self._station.lanes.active[: self._batch].logical_and_(~finished)
+
+    def tokens(
+        self, logits: torch.Tensor, choice: Choice, steps: int, said: torch.Tensor | None = None
+    ) -> Iterator[torch.Tensor]:
+        """Up to `steps` tokens of each row, `[B]` int64 on the host at a time, the first ones from prefill's `logits`.
+
+        The device is `LAG` steps ahead of what was given out. It knows itself which rows have ended; whoever sees that all
+        have may stop asking. `said`: see `Picker.begin`.
+        """
+        station = self._station
+        lanes, picker, ring = station.lanes, station.picker, station.ring
+        lanes.logits[: self._batch].copy_(logits)
+        picker.begin(choice, said)
+        ring.begin()
+        kind = choice.kind
+        pick, self._pick = partial(picker.pick, kind), ("pick", lanes.count, kind)
+        for step in range(steps + LAG):
+            if step < steps:
+                if step:
+                    self._forward()
+                station.graphs.run(self._pick, pick, self._key)
+                ring.send()
+            if step >= LAG:
+                yield ring.receive()[: self._batch]
+
+    def close(self) -> None:
+        """Leave the static memory to the next batch; the loop is at its end."""
+        self._leave()
+
+    def _forward(self) -> None:
+        if self._room <= 0:
+            raise pool_is_full()
+        self._room -= 1
+        if not self._planned:
+            self._station.lanes.plan()
+            self._planned = CHUNK
+        self._planned -= 1
+        self._station.graphs.run(self._key, self._work, self._pick)
+
+
+assert LAG < RING
+
+
+def loop_for(prefill: Prefill) -> DecodeLoop | DeviceLoop:
+    """The decoding loop behind a finished prefill, on its device."""
+    assert prefill.pool is not None
+    if prefill.batch.device.type == "cpu":
+        return DecodeLoop(prefill.decoder, prefill.pool, prefill.batch.next_positions, prefill.extra_rows)
+    return DeviceLoop(prefill.engine, prefill.pool, prefill.batch.next_positions, prefill.extra_rows)

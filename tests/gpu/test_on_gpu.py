@@ -1,0 +1,65 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks with which `make gpu-e2e` begins, as tests, on a GPU alone: nothing waits, graphs give what single launches give.
+
+python3 -m pytest tests/gpu        after `make gpu-check`, so that it is the proven kernels that serve
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import gpu_e2e_checks
+from bench.gpu_e2e_contenders import Keep, Runtime
+from bench.gpu_e2e_worker import backend_for
+from bench.gpu_e2e_world import SMALL, World
+from glimpse_kernels import dispatch
+from glimpse_runtime.parity import case_names, load_manifest, run_case
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "glimpse"
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="needs a GPU; make gpu-e2e runs these checks there"
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    device = torch.device("cuda")
+    forced, _, _ = backend_for("auto", device, SMALL.dtype)
+    with dispatch.force_backend(forced), gpu_e2e_checks.exact_products():
+        yield World(SMALL, device, tmp_path_factory.mktemp("world"))
+
+
+@pytest.mark.parametrize("name", gpu_e2e_checks.ALL)
+def test_check(world: World, name: str) -> None:
+    gpu_e2e_checks.ALL[name](world)
+
+
+def test_a_second_request_captures_nothing_new(world: World) -> None:
+    runtime, tokens = Runtime(world), world.scale.tokens[1]
+    prompt, pixels = world.prompt(tokens), world.patches(tokens, 1)
+    runtime.serve(prompt, pixels, Keep(0.22), 8)
+    graphs = len(runtime.model.engine.graphs)
+    assert graphs > 0
+    runtime.serve(world.prompt(tokens, seed=1), world.patches(tokens, 1, 1), Keep(0.22), 8)
+    assert len(runtime.model.engine.graphs) == graphs
+
+
+def test_graphs_that_are_dropped_are_captured_again(world: World) -> None:
+    runtime, tokens = Runtime(world), world.scale.tokens[1]
+    prompt, pixels = world.prompt(tokens), world.patches(tokens, 1)
+    first = runtime.serve(prompt, pixels, Keep(0.22), 8).tokens
+    runtime.model.engine.graphs.drop()
+    assert torch.equal(runtime.serve(prompt, pixels, Keep(0.22), 8).tokens, first)
+
+
+@pytest.mark.parametrize("name", case_names(load_manifest(GOLDEN)))
+def test_recorded_case(world: World, name: str) -> None:
+    result = run_case(GOLDEN, name, device="cuda")
+    assert result.ok, result.failures
