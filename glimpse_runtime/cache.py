@@ -145,7 +145,7 @@ class KvLease:
         table, starts = host[: batch * width].view(batch, width), host[batch * width :]
         at = 0
         for b, count in enumerate(blocks):
-            table[b, :count] = torch.arange(first + at, first + at + count, dtype=torch.int32)
+            table[b, :count] = torch.arange(first + at, first + at + count, dtype=torch.int32, device="cpu")
             starts[b] = at * BLOCK_SIZE
             at += count
         device = upload(host, pool.k.device)

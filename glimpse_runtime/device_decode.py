@@ -37,7 +37,7 @@ class DeviceLoop:
     """
 
     def __init__(self, engine: Engine, lease: KvLease, next_positions: torch.Tensor, room: int) -> None:
-        self.pool = lease
+        self._engine, self.pool = engine, lease
         self._batch, self._room, self._planned = len(lease.capacities), room, 0
         self._station = engine.station(lease)
         self._leave = weakref.finalize(self, engine.leave, self._station)
@@ -102,7 +102,10 @@ class DeviceLoop:
             self._station.lanes.plan()
             self._planned = CHUNK
         self._planned -= 1
-        self._station.graphs.run(self._key, self._work, self._pick)
+        if self._engine.captures(self.pool):
+            self._station.graphs.run(self._key, self._work, self._pick)
+        else:  # for another batch the pool grew meanwhile: this one is replayed nowhere else
+            self._work()
 
 
 assert LAG < RING

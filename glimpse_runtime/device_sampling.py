@@ -136,9 +136,9 @@ class Picker:
         # fp32 only now: the complement of top-p is taken in double, as Hugging Face takes it.
         factors = [choice.temperature, 1.0 - choice.top_p, choice.min_p or 0.0, choice.penalty]
         host = (
-            torch.tensor([0, choice.least, choice.pad], dtype=torch.int64),
-            torch.tensor(factors, dtype=torch.float32),
-            torch.tensor(ends, dtype=torch.int64),
+            torch.tensor([0, choice.least, choice.pad], dtype=torch.int64, device="cpu"),
+            torch.tensor(factors, dtype=torch.float32, device="cpu"),
+            torch.tensor(ends, dtype=torch.int64, device="cpu"),
         )
         numbers, sent, at = upload_together(host, self._ends.device)
         self._numbers.copy_(numbers)

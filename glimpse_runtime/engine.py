@@ -15,7 +15,7 @@ import torch
 from glimpse_runtime.cache import BLOCK_SIZE, KvLease, KvPool, blocks_of
 from glimpse_runtime.device_sampling import Picker
 from glimpse_runtime.errors import GlimpseError
-from glimpse_runtime.graphs import Capture, Graphs, bucket, capture_on
+from glimpse_runtime.graphs import Capture, Graphs, bucket, capture_on, wait_for
 from glimpse_runtime.lanes import DeviceLanes
 from glimpse_runtime.memory import DeviceMemory, memory_of, readable
 from glimpse_runtime.models.qwen2_5_vl.decoder import Decoder
@@ -93,7 +93,7 @@ class Engine:
         self.decoder = decoder
         self.memory = memory_of(decoder.device) if memory is None else memory
         if capture == "device":
-            capture = capture_on(decoder.device) if torch.cuda.is_available() else None
+            capture = capture_on(decoder.device, decoder.dtype) if torch.cuda.is_available() else None
         self.graphs = Graphs(capture, graph_bytes)
         self.workspace = PrefillMemory(decoder)
         self._kv_bytes = kv_bytes
@@ -242,7 +242,7 @@ class Engine:
     def _forget(self) -> None:
         """Let go of the pool, and of what was captured: that holds its addresses."""
         if len(self.graphs):
-            torch.cuda.synchronize(self.decoder.device)  # it may still be running
+            wait_for(self.decoder.device)  # it may still be running
             self.graphs.drop()
         self._pool = None
 

@@ -8,13 +8,28 @@ on the host. `tests/graph_tape.py` stands in for CUDA's graphs where there is no
 
 from __future__ import annotations
 
+import gc
+import logging
+import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+
+from glimpse_kernels import dispatch
+
+logger = logging.getLogger(__name__)
+
+_READING = ("attention", "decode_attention", "rope")
+"""Ops whose definitions read lengths or slots on the host, which no capture survives."""
+
+_one_at_a_time = threading.RLock()
+"""Held by whoever captures or replays. Beginning a capture waits for the device, which breaks another thread's capture; and while
+one is under way, torch refuses random numbers of the same device to all others."""
 
 
 class Graph(Protocol):
@@ -50,7 +65,8 @@ class _CudaGraph:
         self.live.add(self)
 
     def replay(self) -> None:
-        self.graph.replay()
+        with _one_at_a_time:
+            self.graph.replay()
 
     def reset(self) -> None:
         self.live.discard(self)
@@ -66,12 +82,19 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._stream = torch.cuda.Stream(device)
+        # torch hands 32 streams of a priority out again and again. It keeps the room that a product works in by stream and, with
+        # any graph of that stream, lets go of it: not to be shared with work that is not captured, which has the other priority.
+        self._stream = torch.cuda.Stream(device, priority=-1)
         self._pool = torch.cuda.graph_pool_handle()
         self._live: weakref.WeakSet[_CudaGraph] = weakref.WeakSet()
 
     def __call__(self, work: Callable[[], None]) -> Graph:
-        work()  # kernels are compiled and loaded when they first run, which a capture cannot hold
+        with _one_at_a_time:
+            work()  # kernels are compiled and loaded when they first run, which a capture cannot hold
+            with _undisturbed(self._device):
+                return self._captured(work)
+
+    def _captured(self, work: Callable[[], None]) -> Graph:
         torch.cuda.empty_cache()  # entering a capture does so too: it must not look like a gain
         before = self._free()
         if not self._live:  # torch takes no pool back that all of its graphs have left
@@ -84,6 +107,27 @@ class CudaCapture:
 
     def _free(self) -> int:
         return int(torch.cuda.mem_get_info(self._device)[0])
+
+
+@contextmanager
+def _undisturbed(device: torch.device) -> Iterator[None]:
+    """Around a capture: what would break it or outlive it.
+
+    A garbage collection could come across another graph, and CUDA destroys none while the same thread captures. With its first
+    graph, torch makes tensors for the state of the random numbers and writes to them from then on: made in inference mode,
+    they could not be written to outside of it. And after a failure torch leaves the stream of the capture the current one.
+    """
+    stream, collecting = torch.cuda.current_stream(device), gc.isenabled()
+    gc.disable()
+    try:
+        with torch.inference_mode(False), torch.no_grad():
+            yield
+    except BaseException:
+        torch.cuda.set_stream(stream)
+        raise
+    finally:
+        if collecting:
+            gc.enable()
 
 
 class Graphs:
@@ -140,9 +184,22 @@ class Graphs:
                 self._held.pop(key).reset()
 
 
-def capture_on(device: torch.device) -> Capture | None:
-    """How work is captured on a device; None where it cannot be (on a CPU `glimpse_kernels.Recording` serves decoding)."""
-    return CudaCapture(device) if device.type == "cuda" else None
+def capture_on(device: torch.device, dtype: torch.dtype) -> Capture | None:
+    """How work on this dtype is captured on a device. None where it cannot be: on a CPU (there `glimpse_kernels.Recording` serves
+    decoding), and where a definition serves that reads from the device."""
+    if device.type != "cuda":
+        return None
+    plain = [op for op in _READING if dispatch.choose(op, device, dtype) == "naive"]
+    if plain:
+        logger.warning("nothing is captured on %s: PyTorch definitions serve %s", device, ", ".join(plain))
+        return None
+    return CudaCapture(device)
+
+
+def wait_for(device: torch.device) -> None:
+    """The host waits for all that a device was given; not in the middle of another thread's capture, which that would break."""
+    with _one_at_a_time:
+        torch.cuda.synchronize(device)
 
 
 def bucket(size: int, least: int = 1) -> int:

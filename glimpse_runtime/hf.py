@@ -48,7 +48,8 @@ class _Generate:
 def accelerate(hf_model: Any, glimpse: str | Path | None = None) -> Any:
     """Let this engine serve `hf_model.generate(...)`.
 
-    Weights are shared, not copied, and nothing of the model is changed but the method looked up as `generate`.
+    Weights are shared, not copied, and nothing of the model is changed but the method looked up as `generate`; on a GPU the
+    parameters of projections that are one product move to lie side by side.
 
     Args:
         hf_model: a loaded `Qwen2_5_VLForConditionalGeneration`.

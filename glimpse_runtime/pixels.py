@@ -58,7 +58,7 @@ def pixel_values(images: Any, settings: ImageSettings, device: torch.device) -> 
         width = 3 * settings.temporal_patch_size * settings.patch_size**2
         patches.append(torch.empty(0, width, dtype=torch.float32, device=device))
     pixels = patches[0] if len(patches) == 1 else torch.cat(patches)
-    return pixels, torch.tensor(grids, dtype=torch.int64).reshape(-1, 3)
+    return pixels, torch.tensor(grids, dtype=torch.int64, device="cpu").reshape(-1, 3)
 
 
 def _patches(

@@ -52,6 +52,7 @@ class Prefill:
         kept_positions: `[3, rows]` rotary positions of the prompt rows in the pool, packed; there may be columns behind the
             last one, without a meaning.
         kept_lengths: `[B]` int32 how many of them each sequence has.
+        stage_layer: K, once it was reached; -1 where nothing is pruned.
     """
 
     def __init__(
@@ -82,7 +83,7 @@ class Prefill:
         self._into: Buffers  # of the layers on all rows
         self._keys: torch.Tensor  # of all rows up to the stage's layer: [layers, T, kv heads, head_dim]
         self._values: torch.Tensor
-        self._stage_layer = -1
+        self.stage_layer = -1
 
     def start(self, vision: VisionOutput | None, layout: VisionLayout | None) -> None:
         """Embed the prompt and, with a plan, run to the scores inside layer K; without one, to the last logits."""
@@ -119,7 +120,7 @@ class Prefill:
             lengths, index = self._gather(self.selection, budget)
         with self._timed("after"):
             self._finish_stage(self.selection.cu_seqlens, index, max(lengths))
-        self._tail(self._stage_layer + 1, self.selection.cu_seqlens, lengths, index)
+        self._tail(self.stage_layer + 1, self.selection.cu_seqlens, lengths, index)
 
     # -- layers on all rows ------------------------------------------------------------------------------------
 
@@ -138,7 +139,7 @@ class Prefill:
         """The layers before the stage, and of the stage's layer keys, values and what the probe sees."""
         assert self.plan is not None
         decoder, config, rows = self.decoder, self.decoder.config, self.batch.num_rows
-        last = self._stage_layer = min(self.plan.stages[0].at.index, config.num_layers - 1)
+        last = self.stage_layer = min(self.plan.stages[0].at.index, config.num_layers - 1)
         shape = (last + 1, rows, config.num_kv_heads, config.head_dim)
         # Not of the scratch, which is kept: their room is needed behind the stage.
         self._keys, self._values = (
@@ -226,7 +227,7 @@ class Prefill:
 
     def _finish_stage(self, cu: torch.Tensor, index: torch.Tensor, longest: int) -> None:
         """The rest of layer K for the rows `index` that stay, packed as `cu` says: they see the keys of all rows."""
-        decoder, number, all_rows = self.decoder, self._stage_layer, self.batch.cu_seqlens
+        decoder, number, all_rows = self.decoder, self.stage_layer, self.batch.cu_seqlens
         x, keys, values = self._x, self._keys[number], self._values[number]
         del self._x
         if number == decoder.config.num_layers - 1:

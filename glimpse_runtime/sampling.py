@@ -179,7 +179,7 @@ def on_device(config: GenerationConfig, prompt: int, logits_processor: Any) -> C
     if logits_processor or config.no_repeat_ngram_size or config.output_scores or config.output_logits:
         return None
     processors(
-        config, torch.zeros(1, prompt, dtype=torch.bool), None
+        config, torch.zeros(1, prompt, dtype=torch.bool, device="cpu"), None
     )  # Hugging Face's own check of the values
     return Choice(
         sample=bool(config.do_sample),

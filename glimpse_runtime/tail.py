@@ -25,12 +25,22 @@ LEAST, LARGEST = 64, 2048
 pruned, take it longer to run than to ask for."""
 
 
+LEAST_WINDOW = 8192
+"""Slots of the pool that captured layers look at, at least: so that it is the same for most batches."""
+
+
 def row_bucket(rows: int) -> int | None:
     """How many rows are captured for so many: four steps from one power of two to the next. None: too many."""
     if rows > LARGEST:
         return None
     step = max(bucket(rows) // 8, LEAST // 4)
     return max(LEAST, -(-rows // step) * step)
+
+
+def row_buckets(most: int) -> list[int]:
+    """All numbers of rows that are captured for up to `most` rows, the largest first."""
+    found = {row_bucket(rows) or LEAST for rows in range(1, min(most, LARGEST) + 1)}
+    return sorted(found, reverse=True)
 
 
 @dataclass(frozen=True)
@@ -93,6 +103,21 @@ def finish(
     return _layers(decoder, first, stream, place, cu_seqlens, longest, into)
 
 
+def prepare(engine: Engine, lease: KvLease, first: int, rows: int) -> None:
+    """Have layers `first`.. captured for so many rows of a batch like that of `lease`, whose own contents are lost.
+
+    Args:
+        rows: at least one a sequence, at most `LARGEST`.
+    """
+    decoder, batch = engine.decoder, lease.starts.shape[0]
+    angles = decoder.config.head_dim // 2
+    hidden = torch.zeros(rows, decoder.config.hidden_size, dtype=decoder.dtype, device=decoder.device)
+    cos, sin = (torch.zeros(rows, angles, dtype=torch.float32, device=decoder.device) for _ in range(2))
+    ends = torch.arange(batch + 1, dtype=torch.int32, device=decoder.device)
+    if first < decoder.config.num_layers and engine.captures(lease):
+        _replayed(engine, lease, first, Stream(hidden, None, cos, sin), ends, row_bucket(rows) or LARGEST)
+
+
 def _replayed(
     engine: Engine,
     lease: KvLease,
@@ -102,7 +127,7 @@ def _replayed(
     rows: int,
 ) -> torch.Tensor:
     decoder, batch, given = engine.decoder, lease.starts.shape[0], stream.hidden.shape[0]
-    window = bucket(sum(lease.capacities))
+    window = bucket(sum(lease.capacities), LEAST_WINDOW)
     keys, values = lease.window(window)
     held = engine.workspace.tail(rows, bucket(batch), LARGEST)
     held.hidden[:given].copy_(stream.hidden)

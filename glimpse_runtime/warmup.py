@@ -13,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from glimpse_runtime import generate as generation
+from glimpse_runtime import tail
 from glimpse_runtime.cache import BLOCK_SIZE
 from glimpse_runtime.device_decode import DeviceLoop
 from glimpse_runtime.device_sampling import Choice
+from glimpse_runtime.engine import LEAST_WIDTH
 from glimpse_runtime.errors import GlimpseError
+from glimpse_runtime.graphs import bucket
 from glimpse_runtime.memory import readable
 from glimpse_runtime.models.qwen2_5_vl.inputs import check_ids
 from glimpse_runtime.sampling import on_device
@@ -74,9 +77,12 @@ def warm_up(
     def run(size: int) -> None:
         given = {**options, "max_new_tokens": max_new_tokens}
         if one is None:
-            _steps_alone(model, size, tokens, given)
+            longest = max(tokens, STEPS)
         else:
-            _short_call(model, _repeated(one, size), given)
+            longest = _prompts(model, _repeated(one, size), given)
+        if model.device.type != "cpu":  # it has nothing to prepare for decoding
+            for width in _widths(longest):
+                _steps_alone(model, size, min(width * BLOCK_SIZE, longest), given)
 
     if kv_share is not None:
         if one is None:
@@ -116,27 +122,45 @@ def _repeated(inputs: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {name: repeat(value) for name, value in inputs.items()}
 
 
-def _short_call(model: GlimpseModel, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> None:
-    """A call that stops after a few tokens of those that it has room for."""
+def _prompts(model: GlimpseModel, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+    """A call that stops after a few tokens of those that it has room for, and the layers behind its stage for batches of shorter prompts.
+
+    Returns:
+        the rows that the longest sequence had room for.
+    """
     given = dict(inputs)
     ids = check_ids(given.pop("input_ids"))
     request = generation.Request.parse(model.generation_config, ids, {**given, **options})
-    with model.engine.call():
+    room, size, engine = request.max_new_tokens, ids.shape[0], model.engine
+    with engine.call():
         prefill = model.prefilled(ids, request)
-        request.max_new_tokens = min(STEPS, request.max_new_tokens)
+        assert prefill.pool is not None
+        capacities, first = prefill.pool.capacities, prefill.stage_layer + 1
+        request.max_new_tokens = min(STEPS, room)
         generation.decode(prefill, ids, request, None, time.perf_counter())
+    most = sum(capacities) - size * room
+    for rows in tail.row_buckets(most) if first else ():
+        if rows >= size:  # in a lease no larger than that call's
+            with engine.call():
+                lease = engine.lease([-(-min(rows, most) // size) + room] * size)
+                tail.prepare(engine, lease, first, rows)
+    return max(capacities)
+
+
+def _widths(rows: int) -> list[int]:
+    """All widths of a block table that steps are captured for, for sequences of up to `rows` rows; the widest first."""
+    widest = bucket(-(-rows // BLOCK_SIZE), LEAST_WIDTH)
+    return [widest >> n for n in range((widest // LEAST_WIDTH).bit_length())]
 
 
 def _steps_alone(model: GlimpseModel, size: int, tokens: int, options: Mapping[str, Any]) -> None:
-    """Decoding alone, as for sequences of `tokens` rows, from nothing; a CPU has nothing to prepare for it."""
+    """Decoding alone, as for sequences of `tokens` rows, from nothing."""
     engine = model.engine
-    if model.device.type == "cpu":
-        return
-    ids = torch.zeros(size, 1, dtype=torch.int64)
+    ids = torch.zeros(size, 1, dtype=torch.int64, device="cpu")
     request = generation.Request.parse(model.generation_config, ids, dict(options))
     choice = on_device(request.config, 1, request.logits_processor) or Choice()
     with engine.call():
-        lease = engine.lease([max(tokens, STEPS)] * size)
+        lease = engine.lease([tokens] * size)
         nowhere = torch.zeros(3, size, dtype=torch.int64, device=model.device)
         logits = torch.zeros(
             size, model.base.decoder.config.vocab_size, dtype=model.dtype, device=model.device

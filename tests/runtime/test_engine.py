@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import gc
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import glimpse_runtime as glimpse
+from glimpse_runtime import graphs as graphs_module
 from glimpse_runtime.engine import Engine
 from glimpse_runtime.graphs import CudaCapture, Graphs
 from glimpse_runtime.memory import Unlimited, memory_of, readable
+from glimpse_runtime.tail import row_buckets
 from tests.graph_tape import Tape, TapeCapture
 
 from .conftest import make_batch
@@ -52,12 +56,29 @@ def test_a_warm_up_with_a_prompt_makes_the_calls_themselves(model):
     with device() as here:
         gpu = here.model(capture=TapeCapture())
         report = gpu.warmup(alone[0], batch_sizes=[2, 1], max_new_tokens=300, **options)
-        assert kinds(gpu, "step") == [(2, 16), (1, 16)]  # 300 new rows are more than 8 blocks
+        assert kinds(gpu, "step") == [(2, 16), (2, 8), (1, 16), (1, 8)]  # 300 new rows are more than 8 blocks
         assert all(kind.sample and kind.top_k == 5 for _, kind in kinds(gpu, "pick"))
         held = len(gpu.engine.graphs)
         assert report.graphs == held > 4  # layers behind the stage too
         gpu.generate(**batch, max_new_tokens=300, min_new_tokens=2, eos_token_id=list(range(640)), **options)
         assert len(gpu.engine.graphs) == held + 1  # another way to choose: not before two tokens
+
+
+def test_behind_a_warm_up_shorter_prompts_find_their_layers_captured(model):
+    """Whatever number of rows stays: nothing is captured any more."""
+    _, alone = make_batch([[40, (12, 12), 60]])
+    with device() as here:
+        gpu = here.model(capture=TapeCapture())
+        gpu.warmup(alone[0], max_new_tokens=4, threshold=0.0)
+        tails = [key[2] for key in gpu.engine.graphs._held if key[0] == "tail"]
+        assert tails == row_buckets(tails[0]) and tails[0] >= 40 + 144 + 60 and tails[-1] == 64
+        held = len(gpu.engine.graphs)
+        for rows in ([5, (3, 5), 7], [30, (9, 7), 20], [2, (12, 12), 60]):
+            batch, _ = make_batch([rows])
+            options = {"threshold": 0.0, "max_new_tokens": 4, "eos_token_id": None}
+            expected = model.generate(**batch, **options)
+            assert torch.equal(gpu.generate(**batch, **options), expected)
+        assert len(gpu.engine.graphs) == held
 
 
 def test_a_warm_up_can_make_the_pool_as_large_as_there_is_room():
@@ -164,12 +185,13 @@ def test_memory_that_all_graphs_have_left_is_not_shared_again(monkeypatch):
         yield
 
     for name, fake in {
-        "Stream": lambda device: None,
+        "Stream": lambda device, priority: None,
         "CUDAGraph": CudaGraph,
         "graph": capturing,
         "graph_pool_handle": lambda: next(handles),
         "empty_cache": lambda: None,
         "mem_get_info": lambda device: (5, 9),
+        "current_stream": lambda device: None,
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
     graphs, done = Graphs(CudaCapture(torch.device("cuda"))), []
@@ -183,6 +205,54 @@ def test_memory_that_all_graphs_have_left_is_not_shared_again(monkeypatch):
     graphs.run("a", lambda: None)
     graphs.run("b", lambda: None)
     assert pools[-1] == pools[-2] != pools[0]
+
+
+def test_a_capture_is_undisturbed(monkeypatch):
+    """No garbage collection, no inference mode, and after a failure the caller's stream is the current one again."""
+    seen, current = [], ["caller's"]
+
+    @contextmanager
+    def capturing(graph, *, pool, stream, capture_error_mode):
+        current[0] = "capture's"
+        yield
+        current[0] = "caller's"
+
+    for name, fake in {
+        "Stream": lambda device, priority: None,
+        "CUDAGraph": lambda: SimpleNamespace(replay=lambda: None, reset=lambda: None),
+        "graph": capturing,
+        "graph_pool_handle": lambda: 0,
+        "empty_cache": lambda: None,
+        "mem_get_info": lambda device: (5, 9),
+        "current_stream": lambda device: current[0],
+        "set_stream": lambda stream: current.__setitem__(0, stream),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def work():
+        seen.append((current[0], gc.isenabled(), torch.is_inference_mode_enabled(), torch.is_grad_enabled()))
+        if len(seen) == 4:
+            raise RuntimeError("not in a capture")
+
+    graphs = Graphs(CudaCapture(torch.device("cuda")))
+    with torch.inference_mode():
+        graphs.run("first", work)
+        assert seen == [("caller's", True, True, False), ("capture's", False, False, False)]
+        with pytest.raises(RuntimeError, match="not in a capture"):
+            graphs.run("second", work)
+        assert torch.is_inference_mode_enabled()
+    assert current == ["caller's"] and gc.isenabled() and "second" not in graphs
+
+
+def test_definitions_that_read_the_device_are_not_captured(monkeypatch, caplog):
+    """Until their kernels have passed on a GPU, the definitions serve there: each call would end in the middle of a capture."""
+    monkeypatch.setattr(graphs_module, "CudaCapture", lambda device: "captured")
+    gpu = torch.device("cuda:0")
+    for serves, wanted in (("triton", "captured"), ("naive", None)):
+        monkeypatch.setattr(graphs_module.dispatch, "choose", lambda op, *given, serves=serves: serves)
+        assert graphs_module.capture_on(gpu, torch.bfloat16) == wanted
+    assert "rope" in caplog.text
+    assert graphs_module.capture_on(torch.device("cpu"), torch.float32) is None
 
 
 def test_memory_in_words():
