@@ -442,13 +442,5 @@ extern "C" size_t glimpse_cuda_decode_attention_workspace(const glimpse_decode_a
 
 extern "C" glimpse_status glimpse_cuda_decode_attention(const glimpse_decode_attention_params* p, const glimpse_cuda_call* call) {
   using namespace glimpse::cuda;
-  switch (p->dtype) {
-    case GLIMPSE_FLOAT32:
-      return run<float>(*p, *call);
-    case GLIMPSE_BFLOAT16:
-      return run<bf16>(*p, *call);
-    case GLIMPSE_FLOAT16:
-      return run<f16>(*p, *call);
-  }
-  return glimpse::fail(GLIMPSE_INVALID, "decode_attention: no dtype %d", static_cast<int>(p->dtype));
+  return by_dtype("decode_attention", p->dtype, [&](auto zero) { return run<decltype(zero)>(*p, *call); });
 }

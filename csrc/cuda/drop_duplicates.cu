@@ -234,13 +234,5 @@ extern "C" size_t glimpse_cuda_drop_duplicates_workspace(const glimpse_drop_dupl
 
 extern "C" glimpse_status glimpse_cuda_drop_duplicates(const glimpse_drop_duplicates_params* p, const glimpse_cuda_call* call) {
   using namespace glimpse::cuda;
-  switch (p->dtype) {
-    case GLIMPSE_FLOAT32:
-      return run<float>(*p, *call);
-    case GLIMPSE_BFLOAT16:
-      return run<bf16>(*p, *call);
-    case GLIMPSE_FLOAT16:
-      return run<f16>(*p, *call);
-  }
-  return glimpse::fail(GLIMPSE_INVALID, "drop_duplicates: no dtype %d", static_cast<int>(p->dtype));
+  return by_dtype("drop_duplicates", p->dtype, [&](auto zero) { return run<decltype(zero)>(*p, *call); });
 }

@@ -240,13 +240,5 @@ extern "C" glimpse_status glimpse_cuda_farthest_points(const glimpse_farthest_po
   if (call->workspace_bytes < glimpse_cuda_farthest_points_workspace(p))
     return glimpse::fail(GLIMPSE_INVALID, "farthest_points: workspace: expected %zu bytes, found %zu",
                          glimpse_cuda_farthest_points_workspace(p), call->workspace_bytes);
-  switch (p->dtype) {
-    case GLIMPSE_FLOAT32:
-      return run<float>(*p, *call);
-    case GLIMPSE_BFLOAT16:
-      return run<bf16>(*p, *call);
-    case GLIMPSE_FLOAT16:
-      return run<f16>(*p, *call);
-  }
-  return glimpse::fail(GLIMPSE_INVALID, "farthest_points: no dtype %d", static_cast<int>(p->dtype));
+  return by_dtype("farthest_points", p->dtype, [&](auto zero) { return run<decltype(zero)>(*p, *call); });
 }

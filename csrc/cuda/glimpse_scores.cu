@@ -239,13 +239,5 @@ glimpse_status run(const glimpse_glimpse_scores_params& p, const glimpse_cuda_ca
 
 extern "C" glimpse_status glimpse_cuda_glimpse_scores(const glimpse_glimpse_scores_params* p, const glimpse_cuda_call* call) {
   using namespace glimpse::cuda;
-  switch (p->dtype) {
-    case GLIMPSE_FLOAT32:
-      return run<float>(*p, *call);
-    case GLIMPSE_BFLOAT16:
-      return run<bf16>(*p, *call);
-    case GLIMPSE_FLOAT16:
-      return run<f16>(*p, *call);
-  }
-  return glimpse::fail(GLIMPSE_INVALID, "glimpse_scores: no dtype %d", static_cast<int>(p->dtype));
+  return by_dtype("glimpse_scores", p->dtype, [&](auto zero) { return run<decltype(zero)>(*p, *call); });
 }

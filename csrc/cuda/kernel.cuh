@@ -72,4 +72,18 @@ __host__ __device__ constexpr I ceil_div(I a, I b) {
   return (a + b - 1) / b;
 }
 
+// run(zero), of the C++ type that `dtype` names.
+template <class Run>
+glimpse_status by_dtype(const char* op, glimpse_dtype dtype, const Run& run) {
+  switch (dtype) {
+    case GLIMPSE_FLOAT32:
+      return run(float{});
+    case GLIMPSE_BFLOAT16:
+      return run(bf16{});
+    case GLIMPSE_FLOAT16:
+      return run(f16{});
+  }
+  return fail(GLIMPSE_INVALID, "%s: no dtype %d", op, static_cast<int>(dtype));
+}
+
 }  // namespace glimpse::cuda

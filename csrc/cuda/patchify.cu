@@ -175,13 +175,5 @@ extern "C" glimpse_status glimpse_cuda_patchify(const glimpse_patchify_params* p
   if (side * side * kChannels > kMostShared)
     return glimpse::fail(GLIMPSE_UNSUPPORTED, "patchify: patch_size * merge_size: expected at most 181, found %lld",
                          static_cast<long long>(side));
-  switch (p->dtype) {
-    case GLIMPSE_FLOAT32:
-      return run<float>(*p, *call);
-    case GLIMPSE_BFLOAT16:
-      return run<bf16>(*p, *call);
-    case GLIMPSE_FLOAT16:
-      return run<f16>(*p, *call);
-  }
-  return glimpse::fail(GLIMPSE_INVALID, "patchify: no dtype %d", static_cast<int>(p->dtype));
+  return by_dtype("patchify", p->dtype, [&](auto zero) { return run<decltype(zero)>(*p, *call); });
 }

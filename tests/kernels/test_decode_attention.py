@@ -49,6 +49,21 @@ def garbage(rows: int, columns: int) -> Tensor:
     return table
 
 
+def set_lengths(now: Pool, full: Pool, lengths: tuple[int, ...]) -> None:
+    """Make `now` what `full` is, cut to these lengths: NaN and a table of garbage behind them."""
+    size = full.k.shape[1]
+    now.k.fill_(float("nan"))
+    now.v.fill_(float("nan"))
+    now.table.copy_(garbage(*now.table.shape))
+    now.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
+    for b, length in enumerate(lengths):
+        used = -(-length // size)
+        now.table[b, :used] = full.table[b, :used]
+        j = torch.arange(length)
+        place = full.table[b, j // size].long(), j % size
+        now.k[place], now.v[place] = full.k[place], full.v[place]
+
+
 def make_pool(
     lengths: list[int],
     heads: tuple[int, int],

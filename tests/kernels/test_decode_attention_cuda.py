@@ -15,7 +15,7 @@ from torch import Tensor
 from glimpse_kernels import _cuda, decode_attention
 from tests.kernels.kernel_cases import Case, op_cases
 from tests.kernels.test_cuda_graphs import capture
-from tests.kernels.test_decode_attention import Pool, check, garbage, make_pool
+from tests.kernels.test_decode_attention import Pool, check, garbage, make_pool, set_lengths
 
 cuda_cases = pytest.mark.parametrize(
     "kernel", [c for c in op_cases("decode_attention") if c.id.startswith("cuda-")], indirect=True
@@ -155,23 +155,11 @@ def test_lengths_change_under_a_recorded_launch(
     )
     out = torch.empty(3, 2, 16, dtype=kernel.dtype)
 
-    def set_lengths(lengths: tuple[int, ...]) -> None:
-        now.k.fill_(float("nan"))
-        now.v.fill_(float("nan"))
-        now.table.copy_(garbage(*now.table.shape))
-        now.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        for b, length in enumerate(lengths):
-            used = -(-length // size)
-            now.table[b, :used] = full.table[b, :used]
-            j = torch.arange(length)
-            place = full.table[b, j // size].long(), j % size
-            now.k[place], now.v[place] = full.k[place], full.v[place]
-
     with on_chip(kernel, way):
-        set_lengths(rounds[0])
+        set_lengths(now, full, rounds[0])
         _, replay = capture(kernel, lambda: [now.run(out=out)], monkeypatch)
         for lengths in rounds:
-            set_lengths(lengths)
+            set_lengths(now, full, lengths)
             out.fill_(float("nan"))
             replay()
             check(now, out=out)

@@ -9,7 +9,7 @@ import torch
 from glimpse_kernels import _triton, decode_attention
 from tests.kernels.arena import spread
 from tests.kernels.kernel_cases import Case, op_cases
-from tests.kernels.test_decode_attention import Pool, check, cut_into, garbage, make_pool
+from tests.kernels.test_decode_attention import Pool, check, cut_into, garbage, make_pool, set_lengths
 
 triton_cases = pytest.mark.parametrize(
     "kernel", [c for c in op_cases("decode_attention") if c.id.startswith("triton-")], indirect=True
@@ -61,24 +61,15 @@ def test_lengths_change_under_a_recorded_launch(kernel: Case, runs: int | None) 
     now = Pool(full.q.clone(), full.k.clone(), full.v.clone(), full.table.clone(), full.lengths.clone())
     out = torch.empty(3, 2, 16, dtype=kernel.dtype)
 
-    def set_lengths(lengths: tuple[int, ...]) -> None:
+    def cut(lengths: tuple[int, ...]) -> None:
         now.q.normal_()
-        now.k.fill_(float("nan"))
-        now.v.fill_(float("nan"))
-        now.table.copy_(garbage(*now.table.shape))
-        now.lengths.copy_(torch.tensor(lengths, dtype=torch.int32))
-        for b, length in enumerate(lengths):
-            used = -(-length // size)
-            now.table[b, :used] = full.table[b, :used]
-            j = torch.arange(length)
-            place = full.table[b, j // size].long(), j % size
-            now.k[place], now.v[place] = full.k[place], full.v[place]
+        set_lengths(now, full, lengths)
 
     def call() -> None:
         now.run(out=out)
 
     with cut_into(kernel, runs):
-        set_lengths(rounds[0])
+        cut(rounds[0])
         if kernel.device == "cuda" and not kernel.interpreted:
             call()  # compiles
             graph = torch.cuda.CUDAGraph()
@@ -86,7 +77,7 @@ def test_lengths_change_under_a_recorded_launch(kernel: Case, runs: int | None) 
                 call()
             call = graph.replay
         for lengths in rounds:
-            set_lengths(lengths)
+            cut(lengths)
             out.fill_(float("nan"))
             call()
             check(now, out=out)

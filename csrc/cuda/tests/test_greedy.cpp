@@ -83,6 +83,39 @@ std::vector<int> farthest(const Matrix& s, int n, int count, bool repeat) {
   return picks;
 }
 
+// The memory of a call that picks from groups: matrices `values`, groups that begin at `rows` and have room for picks from `places` on.
+struct Picking {
+  Picking(const std::vector<float>& values, const std::vector<int32_t>& rows, const std::vector<int32_t>& places, size_t tokens,
+          size_t capacity)
+      : similarity(values), picks(capacity), cu_seqlens(rows), cu_picks(places), keep(tokens) {}
+
+  template <class Params>
+  Params params(const Room& room) const {
+    Params p{};
+    p.similarity = similarity.data();
+    p.cu_seqlens = cu_seqlens.data();
+    p.cu_picks = cu_picks.data();
+    p.picks = picks.data();
+    p.keep = keep.data();
+    p.entries = std::max(static_cast<int64_t>(similarity.size()), room.entries);
+    p.groups = static_cast<int64_t>(cu_seqlens.size()) - 1;
+    p.tokens = static_cast<int64_t>(keep.size());
+    p.capacity = static_cast<int64_t>(picks.size());
+    p.longest = room.longest;
+    return p;
+  }
+
+  void expect_result(const std::vector<int32_t>& wanted, const std::vector<uint8_t>& kept) const {
+    expect_equal(picks.read(), wanted, "picks");
+    expect_equal(keep.read(), kept, "keep");
+  }
+
+  const Buffer<float> similarity;
+  const Buffer<int32_t> picks;
+  Buffer<int32_t> cu_seqlens, cu_picks;
+  const Buffer<uint8_t> keep;
+};
+
 void check_farthest(const std::vector<int>& sizes, const std::vector<int>& counts, bool repeat, const Room& room = {}) {
   const std::vector<int32_t> rows = starts_of(sizes), places = starts_of(counts);
   const std::vector<float> values = coarse(entries_of(sizes), 3);
@@ -99,28 +132,12 @@ void check_farthest(const std::vector<int>& sizes, const std::vector<int>& count
     }
     offset += static_cast<size_t>(sizes[g]) * static_cast<size_t>(sizes[g]);
   }
-  const Buffer<float> similarity(values);
-  const Buffer<int32_t> picks(capacity);
-  Buffer<int32_t> cu_seqlens(rows), cu_picks(places);
-  const Buffer<uint8_t> keep(tokens);
-  glimpse_farthest_points_params p{};
-  p.similarity = similarity.data();
-  p.cu_seqlens = cu_seqlens.data();
-  p.cu_picks = cu_picks.data();
-  p.picks = picks.data();
-  p.keep = keep.data();
-  p.entries = std::max(static_cast<int64_t>(values.size()), room.entries);
-  p.groups = static_cast<int64_t>(sizes.size());
-  p.tokens = static_cast<int64_t>(tokens);
-  p.capacity = static_cast<int64_t>(capacity);
-  p.longest = room.longest;
+  Picking on(values, rows, places, tokens, capacity);
+  glimpse_farthest_points_params p = on.params<glimpse_farthest_points_params>(room);
   p.repeat = repeat;
   p.dtype = GLIMPSE_FLOAT32;
   const glimpse_cuda_call* const how = call(glimpse_cuda_farthest_points_workspace(&p));
-  run_twice({&cu_seqlens, &cu_picks}, [&] { expect_ok(glimpse_cuda_farthest_points(&p, how)); }, [&] {
-    expect_equal(picks.read(), wanted, "picks");
-    expect_equal(keep.read(), kept, "keep");
-  });
+  run_twice({&on.cu_seqlens, &on.cu_picks}, [&] { expect_ok(glimpse_cuda_farthest_points(&p, how)); }, [&] { on.expect_result(wanted, kept); });
 }
 
 // ---- greedy_dpp ------------------------------------------------------------------------------------------------------------
@@ -152,50 +169,24 @@ void check_classes(const std::vector<int>& sizes, const std::vector<int>& counts
       kept[i] = 1;
     }
   }
-  const Buffer<float> similarity(values), relevance(weight);
-  const Buffer<int32_t> picks(capacity);
-  Buffer<int32_t> cu_seqlens(rows), cu_picks(places);
-  const Buffer<uint8_t> keep(tokens);
-  glimpse_greedy_dpp_params p{};
-  p.similarity = similarity.data();
+  Picking on(values, rows, places, tokens, capacity);
+  const Buffer<float> relevance(weight);
+  glimpse_greedy_dpp_params p = on.params<glimpse_greedy_dpp_params>(room);
   p.relevance = relevance.data();
-  p.cu_seqlens = cu_seqlens.data();
-  p.cu_picks = cu_picks.data();
-  p.picks = picks.data();
-  p.keep = keep.data();
-  p.entries = std::max(static_cast<int64_t>(values.size()), room.entries);
-  p.groups = static_cast<int64_t>(sizes.size());
-  p.tokens = static_cast<int64_t>(tokens);
-  p.capacity = static_cast<int64_t>(capacity);
-  p.longest = room.longest;
   p.eps = 1e-5f;
   const glimpse_cuda_call* const how = call(glimpse_cuda_greedy_dpp_workspace(&p));
-  run_twice({&cu_seqlens, &cu_picks}, [&] { expect_ok(glimpse_cuda_greedy_dpp(&p, how)); }, [&] {
-    expect_equal(picks.read(), wanted, "picks");
-    expect_equal(keep.read(), kept, "keep");
-  });
+  run_twice({&on.cu_seqlens, &on.cu_picks}, [&] { expect_ok(glimpse_cuda_greedy_dpp(&p, how)); }, [&] { on.expect_result(wanted, kept); });
 }
 
 // The picks of random vectors are the same bit for bit whatever the chip, and each is the best of fp64 or next to it.
 std::vector<int32_t> dpp_picks(const std::vector<float>& values, const std::vector<float>& weight, int n, int count) {
-  const Buffer<float> similarity(values), relevance(weight);
-  const Buffer<int32_t> cu_seqlens(std::vector<int32_t>{0, n}), cu_picks(std::vector<int32_t>{0, count}), picks(static_cast<size_t>(count));
-  const Buffer<uint8_t> keep(static_cast<size_t>(n));
-  glimpse_greedy_dpp_params p{};
-  p.similarity = similarity.data();
+  const Picking on(values, {0, n}, {0, count}, static_cast<size_t>(n), static_cast<size_t>(count));
+  const Buffer<float> relevance(weight);
+  glimpse_greedy_dpp_params p = on.params<glimpse_greedy_dpp_params>({});
   p.relevance = relevance.data();
-  p.cu_seqlens = cu_seqlens.data();
-  p.cu_picks = cu_picks.data();
-  p.picks = picks.data();
-  p.keep = keep.data();
-  p.entries = static_cast<int64_t>(values.size());
-  p.groups = 1;
-  p.tokens = n;
-  p.capacity = count;
-  p.longest = -1;
   p.eps = 1e-5f;
   expect_ok(glimpse_cuda_greedy_dpp(&p, call(glimpse_cuda_greedy_dpp_workspace(&p))));
-  return picks.read();
+  return on.picks.read();
 }
 
 std::vector<float> cosines(int n, int width, uint64_t seed) {
