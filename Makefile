@@ -25,7 +25,7 @@ export HF_HUB_OFFLINE = 1
 export TOKENIZERS_PARALLELISM = false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test lint unit gpu-check gpu-e2e train-tiny clean distclean
+.PHONY: help venv demo test lint unit gpu-check gpu-e2e compare compare-quick train-tiny clean distclean
 
 help: ## this list
 	@echo "Glimpse: make targets"
@@ -53,6 +53,15 @@ gpu-check: ## build, tests, benchmark and report of the GPU kernels, with the py
 
 gpu-e2e: ## whole requests on a GPU beside transformers and the original's path, 7B shapes; behind gpu-check; under nine minutes
 	$(GPU_PYTHON) -m bench.gpu_e2e $(GPU_E2E)
+
+# COMPARE=--resume goes on with one that was stopped; without it old records go, they are of other kernels.
+compare: $(STAMP) ## all pruning methods on models/tiny, into docs/methods.md; ten minutes on two idle cores (COMPARE="..." passes flags on)
+	$(if $(findstring --resume,$(COMPARE)),,rm -rf runs/compare)
+	$(BIN)/python -m glimpse_lab.compare --output runs/compare --markdown docs/methods.md $(COMPARE)
+
+compare-quick: $(STAMP) ## a first look at the same, in a minute; the page stays as it is
+	rm -rf runs/compare-quick
+	$(BIN)/python -m glimpse_lab.compare --quick --output runs/compare-quick $(COMPARE)
 
 train-tiny: $(STAMP) ## train models/tiny anew, into runs/tiny; an interrupted run goes on (hours on two cores)
 	$(BIN)/python -m glimpse_lab.train all --folder runs/tiny --to runs/tiny/model

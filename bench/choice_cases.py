@@ -20,6 +20,7 @@ from torch import Tensor
 import glimpse_kernels as kernels
 from bench.backends import forced
 from bench.op_cases import _decode, nbytes, scores
+from bench.op_cases_greedy import COUNTS, GREEDY
 from bench.op_cases_select import _compact, _select
 from bench.op_registry import TINY, Results, Sizes, Work, sizes
 from glimpse_kernels import dispatch, measured, proof
@@ -159,6 +160,11 @@ def between_backends(rehearse: bool = False) -> Iterator[Choice]:
             "glimpse_scores", f"{side}x{side}, {model}", half,
             lambda side=side, model=model: scores(s(side, model), half),
         )  # fmt: skip
+    for op, make in GREEDY.items():
+        for groups, what in COUNTS.items():
+            yield _between_backends(
+                op, what, half, lambda make=make, groups=groups: make(s(32), half, groups)
+            )
     for edge, given in ((448, None), (896, None), (1792, None), (3584, None), (896, (1200, 1600))):
         edge, given = (56, given and (70, 90)) if rehearse else (edge, given)
         size = None if given is None else (edge, edge)

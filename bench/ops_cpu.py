@@ -21,9 +21,13 @@ from rich.progress import track
 
 import bench.op_cases  # noqa: F401  (these register their rows)
 import bench.op_cases_dense  # noqa: F401
+import bench.op_cases_flow  # noqa: F401
+import bench.op_cases_greedy  # noqa: F401
 import bench.op_cases_linear  # noqa: F401
+import bench.op_cases_merge  # noqa: F401
 import bench.op_cases_received  # noqa: F401
 import bench.op_cases_select  # noqa: F401
+import bench.op_cases_window  # noqa: F401
 from bench.ceilings import Look
 from bench.gate import judge
 from bench.op_registry import DTYPES, REGISTRY, TINY, Case, sizes

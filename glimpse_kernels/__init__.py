@@ -17,9 +17,11 @@ from glimpse_kernels.dispatch import UnsupportedError, explain, force_backend, s
 from glimpse_kernels.drop_duplicates import drop_duplicates
 from glimpse_kernels.farthest_points import farthest_points
 from glimpse_kernels.glimpse_scores import glimpse_scores
+from glimpse_kernels.graph_flow import graph_flow
 from glimpse_kernels.greedy_dpp import greedy_dpp
 from glimpse_kernels.last_row_attention import last_row_attention
 from glimpse_kernels.linear import Int8Weight, gated_linear, linear, linear_group, quantize_int8
+from glimpse_kernels.merge_nearest import merge_nearest
 from glimpse_kernels.patchify import patchify
 from glimpse_kernels.received_attention import received_attention
 from glimpse_kernels.recording import Recording
@@ -29,6 +31,7 @@ from glimpse_kernels.select_tokens import Selection, select_tokens
 from glimpse_kernels.similarity import cosine_similarity
 from glimpse_kernels.swiglu import swiglu
 from glimpse_kernels.vip import VipWeights, vip, vip_conditions, vip_rotary
+from glimpse_kernels.window_topk import window_topk
 
 __all__ = [
     "Int8Weight",
@@ -46,10 +49,12 @@ __all__ = [
     "force_backend",
     "gated_linear",
     "glimpse_scores",
+    "graph_flow",
     "last_row_attention",
     "greedy_dpp",
     "linear",
     "linear_group",
+    "merge_nearest",
     "mrope_cos_sin",
     "patchify",
     "quantize_int8",
@@ -63,4 +68,5 @@ __all__ = [
     "vip_conditions",
     "vip_rotary",
     "vision_rotary",
+    "window_topk",
 ]

@@ -29,7 +29,8 @@ LARGE = 224
 """Sides from which a picture counts as "224 px and above": both at least this long."""
 
 
-def _prompt(processor: Any, question: Question) -> str:
+def prompt_of(processor: Any, question: Question) -> str:
+    """A question about one picture, through the chat template."""
     content = [{"type": "image"}, {"type": "text", "text": question.question}]
     return processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
 
@@ -55,7 +56,7 @@ def evaluate(
         scene = make_scene(seed, height, width)
         picture = render(scene)
         questions = ask(scene)
-        prompts = [_prompt(processor, q) for q in questions]
+        prompts = [prompt_of(processor, q) for q in questions]
         inputs = processor(
             text=prompts, images=[[picture] for _ in questions], padding=True, return_tensors="pt"
         )

@@ -12,23 +12,26 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from glimpse_runtime import plans
     from glimpse_runtime.errors import CheckpointError, GlimpseError, UnsupportedOptionError
     from glimpse_runtime.hf import accelerate, restore
     from glimpse_runtime.model import GlimpseModel
-    from glimpse_runtime.plan import Layer, PrunePlan, Stage
+    from glimpse_runtime.plan import PrunePlan, Stage
     from glimpse_runtime.prefill_result import PrefillResult
     from glimpse_runtime.processor import Processor
     from glimpse_runtime.report import GlimpseGenerateOutput, PicturePruning, PruningReport
-    from glimpse_runtime.selection import Budget
+    from glimpse_runtime.stages.budget import Budget
+    from glimpse_runtime.stages.places import Layer, LayerInput, Vision
 
 # Resolved on first use: torch and transformers take seconds to import, and `glimpse --help` needs neither.
 _HOMES = {
-    "Budget": "selection",
+    "Budget": "stages.budget",
     "CheckpointError": "errors",
     "GlimpseError": "errors",
     "GlimpseGenerateOutput": "report",
     "GlimpseModel": "model",
-    "Layer": "plan",
+    "Layer": "stages.places",
+    "LayerInput": "stages.places",
     "PicturePruning": "report",
     "PrefillResult": "prefill_result",
     "Processor": "processor",
@@ -36,6 +39,7 @@ _HOMES = {
     "PruningReport": "report",
     "Stage": "plan",
     "UnsupportedOptionError": "errors",
+    "Vision": "stages.places",
     "accelerate": "hf",
     "restore": "hf",
 }
@@ -47,6 +51,7 @@ __all__ = [
     "GlimpseGenerateOutput",
     "GlimpseModel",
     "Layer",
+    "LayerInput",
     "PicturePruning",
     "PrefillResult",
     "Processor",
@@ -54,12 +59,16 @@ __all__ = [
     "PruningReport",
     "Stage",
     "UnsupportedOptionError",
+    "Vision",
     "accelerate",
+    "plans",
     "restore",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "plans":
+        return import_module(f"{__name__}.plans")
     if name not in _HOMES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -94,11 +94,11 @@ class Asker:
         Args:
             inputs: from `inputs`.
             pruned: False runs the plain model.
-            options: passed to `GlimpseModel.generate`.
+            options: passed to `GlimpseModel.generate`; `plan` is for the pruned run alone.
         """
-        if pruned and not self.has_modules:
+        if pruned and not self.has_modules and "plan" not in options:
             raise GlimpseError(
-                "glimpse: pruning needs GlimpsePrune modules (--glimpse DIR), none were loaded"
+                "glimpse: pruning needs GlimpsePrune modules (--glimpse DIR) or a plan, none were loaded"
             )
         if not pruned:
             options["plan"] = None

@@ -7,8 +7,10 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Sequence
-from importlib.metadata import PackageNotFoundError, version
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from importlib.metadata import EntryPoint, PackageNotFoundError, entry_points, version
+from typing import Any
 
 import typer
 
@@ -60,9 +62,46 @@ def _register() -> None:
 
 _register()
 
+COMMANDS = "glimpse.commands"
+"""Entry points of this group are subcommands that other packages bring: functions with typer's options."""
+
+
+def add(name: str, function: Callable[..., Any]) -> None:
+    """A subcommand of this name. Examples for its help are `EXAMPLES` of the function's module.
+
+    Raises:
+        GlimpseError: another function has the name.
+    """
+    for known in app.registered_commands:
+        if known.name == name:
+            if known.callback is function:
+                return
+            raise GlimpseError(f"command {name!r}: expected a name that is free, found one that is taken")
+    app.command(name, epilog=getattr(sys.modules[function.__module__], "EXAMPLES", None))(function)
+
+
+def add_from(entries: Iterable[EntryPoint]) -> None:
+    """The subcommands that installed packages bring. One that cannot be had is told of and left out."""
+    for entry in entries:
+        try:
+            add(entry.name, entry.load())
+        except Exception as error:  # whatever another package does on its import
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            console.err().print(
+                f"glimpse: the command {entry.name!r} ({entry.value}) is left out: {text}",
+                style="yellow",
+                markup=False,
+            )
+
+
+@cache
+def _add_installed() -> None:
+    add_from(entry_points(group=COMMANDS))
+
 
 def run(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code."""
+    _add_installed()
     command = typer.main.get_command(app)
     try:
         code = command.main(

@@ -25,6 +25,8 @@ glimpse run --image a.png --image b.png "Which picture shows a star?" --compare
 
 glimpse run --image scene.png "Read the word." --save-overlay kept.png --max-remain-ratio 0.1
 
+glimpse run --image scene.png "Read the word." --plan divprune --compare
+
 glimpse run --base Qwen2.5-VL-3B-Instruct --glimpse GlimpsePrune_Qwen2.5-VL-3B-Instruct -i photo.jpg "..." --stream
 """
 
@@ -40,6 +42,13 @@ def run(
     ),
     glimpse: Optional[str] = typer.Option(  # noqa: UP045
         None, "--glimpse", "-g", help="GlimpsePrune modules for that base; without them nothing is pruned."
+    ),
+    plan: Optional[str] = typer.Option(  # noqa: UP045
+        None,
+        "--plan",
+        "-p",
+        metavar="NAME|FILE",
+        help="Prune by this method (fastv, visionzip, ...) or by a plan in a .yaml or .toml file, in place of the modules' own.",
     ),
     compare: bool = typer.Option(False, "--compare", help="Answer unpruned too, and show both side by side."),
     unpruned: bool = typer.Option(False, "--unpruned", help="Do not prune."),
@@ -87,15 +96,23 @@ def run(
         raise GlimpseError("--stream: cannot be combined with --json or --compare")
     asked = {"threshold": threshold, "max_remain_ratio": max_remain_ratio, "min_remain_num": min_remain_num}
     limits: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
-    if unpruned and limits:
-        raise GlimpseError(f"--unpruned: cannot be combined with --{next(iter(limits)).replace('_', '-')}")
+    if unpruned and (limits or plan):
+        other = "plan" if plan else next(iter(limits)).replace("_", "-")
+        raise GlimpseError(f"--unpruned: cannot be combined with --{other}")
     sampling = _sampling(temperature, top_k, top_p)
     images = image or []
     if save_overlay and not images:
         raise GlimpseError("--save-overlay: expected at least one --image, found none")
+    if plan is not None:
+        _check_plan(plan)
     asker, pruned = _load(base, glimpse, dtype, quantize, device, unpruned=unpruned, quiet=as_json)
+    if plan is not None:
+        from glimpse_runtime.plans import ENDINGS, from_file
+
+        limits["plan"] = from_file(plan, asker.model.modules) if plan.endswith(ENDINGS) else plan
+        pruned = True
     if not pruned and (compare or save_overlay or limits):
-        raise GlimpseError("--glimpse: expected a folder of modules to prune with, found none")
+        raise GlimpseError("--glimpse: expected a folder of modules to prune with (or a --plan), found none")
     inputs = asker.inputs(images, question)
     common: dict[str, Any] = {"max_new_tokens": max_new_tokens, **sampling}
     if sampling:
@@ -104,7 +121,7 @@ def run(
     if compare:
         with console.busy("answering without and with pruning", quiet=as_json):
             for mode in (False, True):  # first calls pay for memory and thread pools
-                asker.ask(inputs, pruned=mode, max_new_tokens=1)
+                asker.ask(inputs, pruned=mode, max_new_tokens=1, **(limits if mode else {}))
             plain = asker.ask(inputs, pruned=False, **common)
             answer = asker.ask(inputs, pruned=True, **common, **limits)
     elif stream:
@@ -124,6 +141,17 @@ def run(
     elif not stream:
         print(answer.text)
     _remarks(answer, written, compared=plain is not None)
+
+
+def _check_plan(plan: str) -> None:
+    """Before a checkpoint is loaded: raises GlimpseError where there is no such method or file."""
+    from glimpse_runtime.plans import ENDINGS
+    from glimpse_runtime.plans.registry import entry
+
+    if not plan.endswith(ENDINGS):
+        entry(plan)
+    elif not Path(plan).is_file():
+        raise GlimpseError(f"--plan: expected a file to read, found {plan!r}")
 
 
 def _load(

@@ -10,6 +10,7 @@ captured (`device_decode`).
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
@@ -36,15 +37,16 @@ def pool_is_full() -> GlimpseError:
 class _Schedule:
     """What differs between the coming steps, a chunk at a time; one copy brings a step's into force (`Lanes.now`)."""
 
-    def __init__(self, lanes: Lanes, lease: KvLease, next_positions: torch.Tensor, room: int) -> None:
-        self._lanes, self._lease = lanes, lease
-        self._positions = next_positions.clone()  # of the first step in the chunk
-        self._lengths = lease.lengths.clone()  # before it
+    def __init__(self, lanes: Lanes, positions: torch.Tensor, lengths: torch.Tensor, room: int) -> None:
+        self._lanes = lanes
+        self._positions = positions  # of the first step in the chunk
+        self._rows = lengths.clone()  # before it
+        self.lengths = lengths  # before the next step; those of retired rows stay
         self._steps = room  # not scheduled yet
-        self._active = torch.ones_like(lease.lengths, dtype=torch.bool)
-        self._one = torch.ones_like(lease.lengths)
+        self._active = torch.ones_like(lengths[0], dtype=torch.bool)
+        self._one = torch.ones_like(lengths[0])
         self._chunk = lanes.now[:0].view(0, lanes.now.shape[0])
-        self._rows: list[torch.Tensor] = []
+        self._words: list[torch.Tensor] = []
         self._next = 0
 
     def advance(self) -> None:
@@ -53,33 +55,28 @@ class _Schedule:
         Raises:
             GlimpseError: the pool has no row left for it.
         """
-        if self._next == len(self._rows):
+        if self._next == len(self._words):
             self._plan()
-        self._lanes.now.copy_(self._rows[self._next])
+        self._lanes.now.copy_(self._words[self._next])
         self._next += 1
-        self._lease.lengths.add_(self._one)
+        self.lengths.add_(self._one)
 
     def retire(self, finished: torch.Tensor) -> None:
         """The rows where `finished [B]` is true stop."""
         self._active &= ~finished
         self._one.masked_fill_(finished, 0)
-        self._mask()
+        self._lanes.rest(self._chunk, ~self._active)
 
     def _plan(self) -> None:
         count = min(CHUNK, self._steps)
         if count <= 0:
             raise pool_is_full()
         self._steps -= count
-        self._chunk = self._lanes.scheduled(self._positions, self._lengths, count)
-        self._rows, self._next = list(self._chunk.unbind()), 0
+        self._chunk = self._lanes.scheduled(self._positions, self._rows, count)
+        self._words, self._next = list(self._chunk.unbind()), 0
         self._positions += count
-        self._lengths += count
-        self._mask()
-
-    def _mask(self) -> None:
-        _, _, slots, lengths = self._chunk.split(self._lanes.sizes, dim=1)
-        slots.masked_fill_(~self._active, -1)
-        lengths.masked_fill_(~self._active, 0)
+        self._rows += count
+        self._lanes.rest(self._chunk, ~self._active)
 
 
 class DecodeLoop:
@@ -88,32 +85,42 @@ class DecodeLoop:
     Positions, lengths and the active mask live on the device; a step reads nothing back.
 
     Args:
-        pool: what prefill left; grows by one row a step and sequence.
-        next_positions: `[3, B]` rotary position of each sequence's first generated token, that of the *original*
-            prompt: pruning moves no token.
+        leases: what prefill left, in the order of their layers, all of which they hold together. Each grows by one row a
+            step and sequence.
+        next_positions: `[3, B]` rotary position of each sequence's first generated token in the layers of each lease: that
+            of the *original* prompt where pruning moved no token.
         room: rows that prefill left free for each sequence.
         record: False runs every step op by op.
 
     Attributes:
         recording: the layers of a step, from the first step on; None where they run op by op.
+
+    Raises:
+        GlimpseError: the leases are not those of all layers in order.
     """
 
     def __init__(
         self,
         decoder: Decoder,
-        pool: KvLease,
-        next_positions: torch.Tensor,
+        leases: Sequence[KvLease],
+        next_positions: Sequence[torch.Tensor],
         room: int,
         *,
         record: bool = True,
     ) -> None:
         self.decoder = decoder
-        self.pool = pool
-        pool.lengths = pool.lengths.clone()  # prefill's own stay as they are
-        self._lanes = Lanes(decoder, pool.block_table)
-        self._schedule = _Schedule(self._lanes, pool, next_positions, room)
+        self.leases = tuple(leases)
+        self._pools = [lease.pool for lease in leases]
+        self._lanes = Lanes(decoder, [(lease.layers, lease.block_table) for lease in leases])
+        lengths = torch.stack([lease.lengths for lease in leases])
+        self._schedule = _Schedule(self._lanes, torch.stack(list(next_positions), 1), lengths, room)
         self.recording: Recording | None = None
         self._may_record = record and recordings.available(decoder.device, decoder.dtype, _OPS)
+
+    @property
+    def lengths(self) -> torch.Tensor:
+        """`[S, B]` int32 rows of each sequence in each of the leases, those of decoding among them."""
+        return self._schedule.lengths
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
         """Append `tokens [B]` and return the logits `[B, vocabulary]` after them, in memory of their own.
@@ -134,7 +141,7 @@ class DecodeLoop:
         elif self._may_record:
             self._record()
         else:
-            self._lanes.layers(self.pool.pool)
+            self._lanes.layers(self._pools)
         return self._lanes.logits
 
     def retire(self, finished: torch.Tensor) -> None:
@@ -147,7 +154,7 @@ class DecodeLoop:
     def _record(self) -> None:
         self._may_record = False
         with Recording() as recording:
-            self._lanes.layers(self.pool.pool)
+            self._lanes.layers(self._pools)
         wanted = _LAYER * len(self.decoder.layers) + _HEAD
         if recording.ops == wanted:
             self.recording = recording

@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Decoding on a GPU: captured steps, and tokens that the host reads some steps later.
 
-A step is two captured pieces of work: the layers (`DeviceLanes.step`), keyed by lanes, width of the block table and pool; and the
-choice of the next tokens (`Picker.pick`), keyed by lanes and what it can do. The second one stands alone because a call's first
-token comes from prefill's logits, and because it is so cheap to capture that no two ways to sample need the layers twice.
+A step is two captured pieces of work: the layers (`DeviceLanes.step`), keyed by lanes, widths of the block tables, pool and segments;
+and the choice of the next tokens (`Picker.pick`), keyed by lanes, what it can do, and segments. The second one stands alone because a
+call's first token comes from prefill's logits, and because it is so cheap to capture that no two ways to sample need the layers twice.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -31,21 +31,27 @@ class DeviceLoop:
 
     Args:
         engine: keeps the static memory and what was captured.
-        lease: what prefill left.
-        next_positions: `[3, B]`, see `DecodeLoop`.
+        leases: what prefill left, see `DecodeLoop`.
+        next_positions: `[3, B]` for each of them, see `DecodeLoop`.
         room: rows that prefill left free for each sequence.
+
+    Raises:
+        GlimpseError: the leases are not those of all layers in order.
     """
 
-    def __init__(self, engine: Engine, lease: KvLease, next_positions: torch.Tensor, room: int) -> None:
-        self._engine, self.pool = engine, lease
-        self._batch, self._room, self._planned = len(lease.capacities), room, 0
-        self._station = engine.station(lease)
+    def __init__(
+        self, engine: Engine, leases: Sequence[KvLease], next_positions: Sequence[torch.Tensor], room: int
+    ) -> None:
+        self._engine, self.leases = engine, tuple(leases)
+        self._batch, self._room, self._planned = len(leases[0].capacities), room, 0
+        self._station = engine.station(leases)
         self._leave = weakref.finalize(self, engine.leave, self._station)
         self._leave.atexit = False
         lanes = self._station.lanes
-        lanes.admit(lease, next_positions)
-        self._work = partial(lanes.step, lease.pool)
-        self._key = ("step", lanes.count, lanes.width, lease.pool.generation)
+        lanes.admit(leases, next_positions)
+        pools = [lease.pool for lease in leases]
+        self._work = partial(lanes.step, pools)
+        self._key = ("step", lanes.count, lanes.widths, pools[0].generation, lanes.segments)
         self._pick: Hashable = None  # what takes turns with it
 
     def step(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -80,7 +86,7 @@ class DeviceLoop:
         picker.begin(choice, said)
         ring.begin()
         kind = choice.kind
-        pick, self._pick = partial(picker.pick, kind), ("pick", lanes.count, kind)
+        pick, self._pick = partial(picker.pick, kind), ("pick", lanes.count, kind, lanes.segments)
         for step in range(steps + LAG):
             if step < steps:
                 if step:
@@ -102,7 +108,7 @@ class DeviceLoop:
             self._station.lanes.plan()
             self._planned = CHUNK
         self._planned -= 1
-        if self._engine.captures(self.pool):
+        if self._engine.captures(*self.leases):
             self._station.graphs.run(self._key, self._work, self._pick)
         else:  # for another batch the pool grew meanwhile: this one is replayed nowhere else
             self._work()
@@ -113,7 +119,7 @@ assert LAG < RING
 
 def loop_for(prefill: Prefill) -> DecodeLoop | DeviceLoop:
     """The decoding loop behind a finished prefill, on its device."""
-    assert prefill.pool is not None
+    left = (prefill.leases, prefill.next_positions, prefill.extra_rows)
     if prefill.batch.device.type == "cpu":
-        return DecodeLoop(prefill.decoder, prefill.pool, prefill.batch.next_positions, prefill.extra_rows)
-    return DeviceLoop(prefill.engine, prefill.pool, prefill.batch.next_positions, prefill.extra_rows)
+        return DecodeLoop(prefill.decoder, *left)
+    return DeviceLoop(prefill.engine, *left)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 
-from glimpse_runtime.cache import BLOCK_SIZE, KvLease, KvPool, blocks_of
+from glimpse_runtime.cache import BLOCK_SIZE, KvLease, KvPool, Segment, blocks_for
 from glimpse_runtime.device_sampling import Picker
 from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.graphs import Capture, Graphs, bucket, capture_on, wait_for
@@ -65,7 +65,7 @@ class Station:
 class Engine:
     """The device side of a decoder, for one call at a time.
 
-    On a CPU every call has a pool of its own, of the size that it needs. On a GPU there is one pool for all of them:
+    On a CPU every lease has a pool of its own, of the size that it needs. On a GPU there is one pool for all of them:
     of `kv_bytes` if that is set, else it grows to the power of two of blocks that a call needs and stays that large.
     A pool that grows is a new one; who holds a lease of the old one keeps that alive.
 
@@ -99,7 +99,7 @@ class Engine:
         self._kv_bytes = kv_bytes
         self._pool: KvPool | None = None
         self._generations = 0
-        self._stations: dict[int, Station] = {}
+        self._stations: dict[tuple[int, tuple[range, ...]], Station] = {}
         self._stream: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -111,24 +111,35 @@ class Engine:
         """The pool that the next lease is of, if there is one yet."""
         return self._pool
 
-    def lease(self, capacities: Sequence[int]) -> KvLease:
-        """Room for `capacities[b]` rows of sequence b, until it is released or dropped.
+    def lease(self, capacities: Sequence[int], layers: range | None = None) -> KvLease:
+        """Room for `capacities[b]` rows of sequence b in these layers (None: all), until it is released or dropped.
 
         Raises:
             GlimpseError: it does not fit into the pool.
         """
-        blocks = sum(blocks_of(capacities))
+        whole = range(self.decoder.config.num_layers)
+        return self.lease_all([(whole if layers is None else layers, capacities)])[0]
+
+    def lease_all(self, segments: Sequence[Segment]) -> tuple[KvLease, ...]:
+        """Room for all segments of a batch: on a GPU in one pool. Leased one by one they might not be, since it grows.
+
+        Raises:
+            GlimpseError: they do not fit into the pool.
+        """
         if self.decoder.device.type == "cpu":
-            lease = self._make(blocks).lease(capacities)
+            pools = [self._make(blocks_for([segment]), segment[0]) for segment in segments]
+            found = [pool.lease(rows) for pool, (_, rows) in zip(pools, segments, strict=True)]
+            leases = tuple(lease for lease in found if lease is not None)
         else:
-            lease = None if self._pool is None else self._pool.lease(capacities)
-            if lease is None:
-                lease = self._larger(blocks).lease(capacities)
-        assert lease is not None
+            held = None if self._pool is None else self._pool.lease_all(segments)
+            if held is None:
+                held = self._larger(blocks_for(segments)).lease_all(segments)
+            assert held is not None
+            leases = held
         made = _made.get()
         if made is not None:
-            made.append(lease)
-        return lease
+            made.extend(leases)
+        return leases
 
     @contextmanager
     def call(self, *, keep: bool = False) -> Iterator[None]:
@@ -179,26 +190,26 @@ class Engine:
             )
         self._kv_bytes = kv_bytes
 
-    def station(self, lease: KvLease) -> Station:
-        """Where to decode the batch of a lease; `leave` it for the next one."""
-        count, width = bucket(len(lease.capacities)), bucket(lease.block_table.shape[1], LEAST_WIDTH)
-        station = self._stations.get(count)
+    def station(self, leases: Sequence[KvLease]) -> Station:
+        """Where to decode the batch of these leases, one a segment; `leave` it for the next one."""
+        count, segments = bucket(len(leases[0].capacities)), tuple(lease.layers for lease in leases)
+        station = self._stations.get((count, segments))
         if station is None:
-            station = self._stations[count] = self._station(count, self.graphs)
-        if station.busy or lease.pool is not self._pool:
-            station = self._station(count, Graphs(None))
-        station.busy = True
+            station = self._stations[count, segments] = self._station(count, segments, self.graphs)
+        if station.busy or any(lease.pool is not self._pool for lease in leases):
+            station = self._station(count, segments, Graphs(None))
         with torch.inference_mode(False), torch.no_grad():
-            station.lanes.widen(width)
+            station.lanes.widen([bucket(lease.block_table.shape[1], LEAST_WIDTH) for lease in leases])
+        station.busy = True
         return station
 
     def leave(self, station: Station) -> None:
         """The batch is through."""
         station.busy = False
 
-    def captures(self, lease: KvLease) -> bool:
-        """Whether work on this lease may be captured: not on a CPU, nor on a pool that was replaced since."""
-        return self.graphs.capture is not None and lease.pool is self._pool
+    def captures(self, *leases: KvLease) -> bool:
+        """Whether work on these leases may be captured: not on a CPU, nor on a pool that was replaced since."""
+        return self.graphs.capture is not None and all(lease.pool is self._pool for lease in leases)
 
     def _larger(self, blocks: int) -> KvPool:
         """A pool with room for `blocks` more than there are in use."""
@@ -224,9 +235,9 @@ class Engine:
         logger.info("pool of keys and values: %s", self._rows(wanted))
         return self._pool
 
-    def _station(self, count: int, graphs: Graphs) -> Station:
+    def _station(self, count: int, segments: tuple[range, ...], graphs: Graphs) -> Station:
         with torch.inference_mode(False), torch.no_grad():
-            lanes = DeviceLanes(self.decoder, count)
+            lanes = DeviceLanes(self.decoder, count, segments)
             picker = Picker(lanes)
             return Station(lanes, picker, TokenRing(picker.ring), graphs)
 
@@ -246,13 +257,12 @@ class Engine:
             self.graphs.drop()
         self._pool = None
 
-    def _make(self, blocks: int) -> KvPool:
+    def _make(self, blocks: int, layers: range | None = None) -> KvPool:
         self._generations += 1
         # It outlives this call: no tensor of inference mode, which can be written to in that mode alone.
         with torch.inference_mode(False), torch.no_grad():
-            return KvPool(
-                self.decoder.config, blocks, self.decoder.dtype, self.decoder.device, self._generations
-            )
+            decoder = self.decoder
+            return KvPool(decoder.config, blocks, decoder.dtype, decoder.device, self._generations, layers)
 
     def _full(self, blocks: int, total: int) -> GlimpseError:
         free = total if self._pool is None else self._pool.runs.free

@@ -233,4 +233,4 @@ def _sampled(
 
 
 def _mask(rows: list[bool], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(rows, dtype=torch.bool, device=like.device)
+    return upload(torch.tensor(rows, dtype=torch.bool, device="cpu"), like.device)

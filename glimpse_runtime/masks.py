@@ -22,6 +22,8 @@ def scores_from_masks(masks: torch.Tensor | Sequence[torch.Tensor], batch: Packe
     Raises:
         GlimpseError: a size disagrees with the pictures.
     """
+    if not isinstance(masks, (torch.Tensor, list, tuple)):
+        raise GlimpseError(f"keep masks: expected a tensor or a list of them, found {masks!r}")
     if isinstance(masks, torch.Tensor) and masks.ndim == 1:
         parts = [masks]
         if masks.shape[0] != batch.num_visual:

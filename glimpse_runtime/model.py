@@ -13,6 +13,7 @@ import torch
 from transformers import GenerationConfig
 
 from glimpse_runtime import generate as generation
+from glimpse_runtime import plans
 from glimpse_runtime.engine import Engine, check_memory
 from glimpse_runtime.entry import inference
 from glimpse_runtime.errors import GlimpseError, UnsupportedOptionError
@@ -22,16 +23,17 @@ from glimpse_runtime.models.qwen2_5_vl.inputs import check_ids, pack, read_grids
 from glimpse_runtime.models.qwen2_5_vl.layout import vision_layout
 from glimpse_runtime.modules import GlimpseModules
 from glimpse_runtime.plan import PrunePlan
-from glimpse_runtime.plans import glimpse as glimpse_plan
+from glimpse_runtime.plans.glimpse import GlimpseScorer
+from glimpse_runtime.plans.registry import DEFAULT
 from glimpse_runtime.prefill import Prefill
 from glimpse_runtime.prefill_result import PrefillResult
 from glimpse_runtime.report import GlimpseGenerateOutput, report_of
+from glimpse_runtime.taps import VisionTaps
 from glimpse_runtime.uploads import upload
 from glimpse_runtime.warmup import WarmupReport, warm_up
 
 logger = logging.getLogger(__name__)
 
-DEFAULT = "default"
 _BUDGET = ("threshold", "max_remain_ratio", "min_remain_num", "anchor_positions")
 
 
@@ -100,7 +102,7 @@ class GlimpseModel:
         if glimpse is None:
             return None
         decoder = base.decoder
-        return glimpse_plan(
+        return plans.glimpse(
             GlimpseModules.from_pretrained(glimpse, base.config, dtype=decoder.dtype, device=decoder.device)
         )
 
@@ -127,9 +129,9 @@ class GlimpseModel:
             inputs, generation_config, logits_processor, stopping_criteria: as in Hugging Face's `generate`.
             kwargs: the outputs of the processor (`input_ids` `[B, L]`, padded on either side, image tokens expanded;
                 `attention_mask`, `pixel_values`, `image_grid_thw`, ...), generation options (`max_new_tokens`,
-                `do_sample`, `streamer`, ...), and for this call alone `plan` (a `PrunePlan`, "default", or None for no
-                pruning), `threshold`, `max_remain_ratio` (None: no cap), `min_remain_num`, `anchor_positions`,
-                `ref_masks` (see `glimpse_runtime.masks`).
+                `do_sample`, `streamer`, ...), and for this call alone `plan` (a `PrunePlan`, the name of a registered
+                method, "default", or None for no pruning), `threshold`, `max_remain_ratio` (None: no cap),
+                `min_remain_num`, `anchor_positions`, `ref_masks` (see `glimpse_runtime.masks`).
 
         Returns:
             `[B, L + new]` int64, or a `GlimpseGenerateOutput` with `return_dict_in_generate=True`.
@@ -254,7 +256,7 @@ class GlimpseModel:
         chosen = self._plan(plan, ref_masks is not None, changes)
         images = read_grids("image", image_grid_thw, pixel_values, config)
         videos = read_grids("video", video_grid_thw, pixel_values_videos, config)
-        scorer = chosen.stages[0].score if chosen else None
+        glance = chosen.glance if chosen else None
         batch = pack(
             input_ids,
             attention_mask,
@@ -262,7 +264,7 @@ class GlimpseModel:
             videos,
             config,
             seconds_per_grid=None if second_per_grid_ts is None else list(map(float, second_per_grid_ts)),
-            probe_length=scorer.probe.length if scorer else 0,
+            probe_length=glance.probe.length if glance else 0,
             device=device,
         )
         given = None if ref_masks is None else scores_from_masks(ref_masks, batch)
@@ -274,19 +276,23 @@ class GlimpseModel:
             given_pixels = (p for p in (pixel_values, pixel_values_videos) if p is not None)
             pixels = [upload(p, device).to(self.dtype) for p in given_pixels]
             layout = vision_layout((*images, *videos), config.vision, device)
-            taps = scorer.vision_taps if scorer else ()
+            taps = chosen.taps if chosen else VisionTaps()
             vision = self.base.vision(pixels[0] if len(pixels) == 1 else torch.cat(pixels), layout, taps)
             del pixels  # on a GPU the layers need the room
             state.timings.vision = time.perf_counter() - began
         state.start(vision, layout)
         return state
 
+    @property
+    def modules(self) -> GlimpseModules | None:
+        """GlimpsePrune's modules, if the model was loaded with some."""
+        scorer = None if self.plan is None else self.plan.glance
+        return scorer.modules if isinstance(scorer, GlimpseScorer) else None
+
     def _plan(
         self, plan: PrunePlan | str | None, masks_given: bool, changes: dict[str, Any]
     ) -> PrunePlan | None:
-        if not (plan is None or plan == DEFAULT or isinstance(plan, PrunePlan)):
-            raise GlimpseError(f"plan: expected a PrunePlan, None or {DEFAULT!r}, found {plan!r}")
-        chosen = plan if plan is None or isinstance(plan, PrunePlan) else self.plan
+        chosen = self.plan if plan == DEFAULT else plans.resolve(plan, self.modules)
         if chosen is None:
             asked = [name for name, value in changes.items() if value is not None]
             asked += ["ref_masks"] if masks_given else []
@@ -294,7 +300,8 @@ class GlimpseModel:
                 raise GlimpseError(f"{', '.join(asked)}: expected a pruning plan to apply to, found none")
             return None
         if "anchor_positions" in changes:
-            changes["anchor_positions"] = tuple(changes["anchor_positions"])
+            anchors = changes["anchor_positions"]
+            changes["anchor_positions"] = tuple(anchors) if isinstance(anchors, list) else anchors
         if masks_given:
             if "threshold" in changes:
                 raise GlimpseError("threshold: expected none together with ref_masks, which are not scores")

@@ -16,7 +16,7 @@ from glimpse_kernels import VipWeights
 from glimpse_runtime.errors import CheckpointError
 from glimpse_runtime.hub import read_json, resolve_folder
 from glimpse_runtime.models.qwen2_5_vl.config import ModelConfig
-from glimpse_runtime.plan import Probe
+from glimpse_runtime.stages.scorers import Probe
 
 MODULES_FILE = "new_modules_gp.pt"
 PARTS = ("attn_fuser", "learnable_embeddings", "le_proj", "le_norm")

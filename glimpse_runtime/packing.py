@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ class Picture:
         frame: temporal slice (0 for images).
         height, width: merged grid.
         start: offset of its first token among the batch's visual tokens.
+        left: tokens that earlier stages left of it; None: all.
     """
 
     row: int
@@ -32,14 +34,34 @@ class Picture:
     height: int
     width: int
     start: int
+    left: int | None = None
+
+    @property
+    def size(self) -> int:
+        """Tokens of the whole picture."""
+        return self.height * self.width
 
     @property
     def tokens(self) -> int:
-        return self.height * self.width
+        """Tokens that are there."""
+        return self.size if self.left is None else self.left
 
     @property
     def stop(self) -> int:
         return self.start + self.tokens
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a budget that depends on the prompt may look at.
+
+    Attributes:
+        ids: its token ids, pictures included.
+        grids: merged grid `(height, width)` of each picture (video slice).
+    """
+
+    ids: tuple[int, ...]
+    grids: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -54,7 +76,8 @@ class PackedBatch:
         probe_length: learned rows appended to every sequence that carries pictures.
         pictures: every image and video slice, in prompt order.
         probed: sequences that carry probe rows.
-        last_visual: visual tokens with which a prompt ends: the next token is predicted from them, so they cannot go.
+        ending: numbers of the pictures with which a prompt ends: the next token is predicted from their last one, which cannot go.
+        prompts: token ids of each prompt, on the host, whatever was dropped since.
         ids: `[T]` int64 token ids; probe rows hold 0.
         positions: `[3, T]` int64 multimodal rotary positions.
         next_positions: `[3, B]` int64 rotary position of the first generated token: that of the last prompt token + 1.
@@ -67,6 +90,8 @@ class PackedBatch:
         tower_rows: `[N]` int32 packed row of each row of the vision tower's output.
         tower_probe: `[N]` int32 number, among the probed sequences, of the one that holds each row of the tower's output.
         always_kept: `[T]` bool: rows that no selection removes (prompt text).
+        ratios: what budgets that depend on the prompt gave, by the identity of the callable, and row.
+        token_ids: `[N]` int64 number of each visual token among those of whole pictures; None: all are there.
     """
 
     lengths: tuple[int, ...]
@@ -74,7 +99,8 @@ class PackedBatch:
     probe_length: int
     pictures: tuple[Picture, ...]
     probed: tuple[int, ...]
-    last_visual: tuple[int, ...]
+    ending: tuple[int, ...]
+    prompts: tuple[np.ndarray, ...]
     ids: torch.Tensor
     positions: torch.Tensor
     next_positions: torch.Tensor
@@ -87,6 +113,8 @@ class PackedBatch:
     tower_rows: torch.Tensor
     tower_probe: torch.Tensor
     always_kept: torch.Tensor
+    token_ids: torch.Tensor | None = None
+    ratios: dict[tuple[int, int], float] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -133,14 +161,16 @@ class PackedBatch:
             "always_kept": (kept, np.bool_),
         }
         host = [torch.from_numpy(np.ascontiguousarray(a, dtype=kind)) for a, kind in on_device.values()]
+        sent: dict[str, Any] = dict(zip(on_device, upload_together(host, device), strict=True))
         return cls(
             lengths=tuple(lengths),
             prompt_lengths=tuple(prompt_lengths),
             probe_length=probe_length,
             pictures=tuple(pictures),
             probed=tuple(probed.tolist()),
-            last_visual=tuple(np.flatnonzero(np.isin(visual_rows, ends - 1)).tolist()),
-            **dict(zip(on_device, upload_together(host, device), strict=True)),
+            ending=tuple(n for n, p in enumerate(pictures) if visual_rows[p.stop - 1] == ends[p.row] - 1),
+            prompts=tuple(ids[start:end] for start, end in zip(starts[:-1], ends, strict=True)),
+            **sent,
         )
 
     @property
@@ -158,3 +188,13 @@ class PackedBatch:
     @property
     def num_visual(self) -> int:
         return self.visual_rows.shape[0]
+
+    @property
+    def last_visual(self) -> tuple[int, ...]:
+        """Visual tokens with which a prompt ends."""
+        return tuple(self.pictures[number].stop - 1 for number in self.ending)
+
+    def prompt(self, row: int) -> Prompt:
+        """A sequence, for budgets that depend on it."""
+        grids = tuple((p.height, p.width) for p in self.pictures if p.row == row)
+        return Prompt(tuple(self.prompts[row].tolist()), grids)

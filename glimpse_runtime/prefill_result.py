@@ -27,13 +27,15 @@ class PrefillResult:
 
     @property
     def scores(self) -> torch.Tensor | None:
-        """`[N]` fp32 importance of every visual token, prompt order; known before the selection. None without a plan."""
-        return self._state.scores
+        """`[N]` fp32 importance of every visual token, prompt order, in the last stage that has scores, NaN where a token was gone
+        before; known before its selection. None if no stage has scores."""
+        return self._state.told
 
     @property
     def glimpse_scores(self) -> list[torch.Tensor]:
-        """What the glimpse token saw in each of the plan's layers: `[N, heads]` fp32 each, prompt order."""
-        return [seen.index_select(0, self._state.batch.visual_order) for seen in self._state.seen]
+        """What the glimpse token saw in each of the plan's layers: `[N, heads]` fp32 each, prompt order, of the tokens that earlier
+        stages left."""
+        return self._state.seen
 
     @inference
     def select(self, keep: torch.Tensor | Sequence[torch.Tensor] | None = None) -> PrefillResult:
@@ -46,24 +48,22 @@ class PrefillResult:
             self.
 
         Raises:
-            GlimpseError: nothing waits for a selection, or a mask has another size.
+            GlimpseError: nothing waits for a selection, a mask has another size, or the plan cannot be given masks; after the
+                latter two it waits still.
         """
         state = self._state
         if not self._waiting:
             raise GlimpseError(
                 "select(): expected a prefill made with select=False that was not selected yet"
             )
-        scores = None if keep is None else scores_from_masks(keep, state.batch)
+        if keep is not None:
+            scores = scores_from_masks(keep, state.batch)
+            if state.batch.pictures:
+                state.give(scores)
+        if state.last_logits is None:
+            with state.engine.call(keep=True):
+                state.choose()
         self._waiting = False
-        if state.last_logits is not None:
-            return self
-        if scores is not None:
-            assert state.plan is not None
-            state.plan = state.plan.with_budget(
-                threshold=0.5, max_remain_ratio=None, min_remain_num=0, anchor_positions=(), group="picture"
-            )
-        with state.engine.call(keep=True):
-            state.choose(scores)
         return self
 
     @property
@@ -87,16 +87,17 @@ class PrefillResult:
     def kept_positions(self) -> list[torch.Tensor]:
         """Rotary positions of each row's prompt tokens that stayed, `[3, kept]` int64 each."""
         self._require_done()
-        assert self._state.kept_positions is not None and self._state.kept_lengths is not None
-        lengths = self._state.kept_lengths.tolist()
+        assert self._state.kept_positions is not None and self._state.kept_rows is not None
+        lengths = self._state.kept_rows.tolist()
         # With a cap there may be room behind the last row.
         return list(self._state.kept_positions[:, : sum(lengths)].split(lengths, dim=1))
 
     def kv(self, row: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys (rotated) and values `[kept, kv heads, head_dim]` of one row's prompt in one layer."""
         self._require_done()
-        assert self._state.pool is not None and self._state.kept_lengths is not None
-        return self._state.pool.rows(row, layer, int(self._state.kept_lengths[row]))
+        layer = range(self._state.decoder.config.num_layers)[layer]
+        lease = next(lease for lease in self._state.leases if layer in lease.layers)
+        return lease.rows(row, layer, int(lease.lengths[row]))
 
     @inference
     def decode(self, steps: int) -> tuple[torch.Tensor, torch.Tensor]:

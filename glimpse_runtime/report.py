@@ -12,6 +12,7 @@ from transformers.generation import GenerateDecoderOnlyOutput
 
 from glimpse_runtime.packing import PackedBatch
 from glimpse_runtime.prefill import Prefill
+from glimpse_runtime.stages.outcome import StageOutcome
 from glimpse_runtime.timings import Timings
 
 
@@ -24,7 +25,8 @@ class PicturePruning:
         kind: "image" or "video".
         grid: merged grid `(height, width)`.
         keep: `[height, width]` bool, true where the visual token stayed.
-        logits: `[height, width]` fp32 importance before the sigmoid; None if the mask was given.
+        logits: `[height, width]` fp32 importance by which the last stage selected (GlimpsePrune: before the sigmoid), NaN where a
+            token was gone before; None if it went by something else.
     """
 
     row: int
@@ -47,10 +49,15 @@ class PicturePruning:
 
 
 class PruningReport(Sequence[PicturePruning]):
-    """One entry a picture, in prompt order."""
+    """One entry a picture, in prompt order: what the last stage left of it.
 
-    def __init__(self, pictures: Sequence[PicturePruning]) -> None:
+    Attributes:
+        stages: what each stage of the plan left, in their order.
+    """
+
+    def __init__(self, pictures: Sequence[PicturePruning], stages: Sequence[StageOutcome] = ()) -> None:
         self._pictures = tuple(pictures)
+        self.stages = tuple(stages)
 
     def __getitem__(self, index):  # type: ignore[no-untyped-def]
         return self._pictures[index]
@@ -72,7 +79,13 @@ class PruningReport(Sequence[PicturePruning]):
         return sum(p.total for p in self)
 
     @classmethod
-    def of(cls, batch: PackedBatch, keep: torch.Tensor, logits: torch.Tensor | None) -> PruningReport:
+    def of(
+        cls,
+        batch: PackedBatch,
+        keep: torch.Tensor,
+        logits: torch.Tensor | None,
+        stages: Sequence[StageOutcome] = (),
+    ) -> PruningReport:
         """From `keep [N]` bool and `logits [N]` fp32 in prompt order."""
         return cls(
             [
@@ -86,7 +99,8 @@ class PruningReport(Sequence[PicturePruning]):
                     logits=None if logits is None else logits[p.start : p.stop].view(p.height, p.width),
                 )
                 for p in batch.pictures
-            ]
+            ],
+            stages,
         )
 
     def __repr__(self) -> str:
@@ -95,11 +109,10 @@ class PruningReport(Sequence[PicturePruning]):
 
 def report_of(prefill: Prefill) -> PruningReport | None:
     """What a finished prefill kept; None if nothing was pruned."""
-    if prefill.selection is None:
+    if not prefill.outcomes:
         return None
-    assert prefill.plan is not None
-    scored = prefill.plan.stages[0].score is not None
-    return PruningReport.of(prefill.batch, prefill.selection.keep, prefill.scores if scored else None)
+    last = prefill.outcomes[-1]
+    return PruningReport.of(prefill.batch, last.keep, last.scores, prefill.outcomes)
 
 
 @dataclass

@@ -21,8 +21,8 @@ from glimpse_runtime.models.qwen2_5_vl.decoder import Buffers, Decoder, DecoderL
 from glimpse_runtime.workspace import Scratch
 
 LEAST, LARGEST = 64, 2048
-"""Rows between which the layers behind a stage are captured: with more, the GPU is what takes the time. All layers, where nothing was
-pruned, take it longer to run than to ask for."""
+"""Rows between which the layers behind the last stage are captured, all layers where that was before the decoder: with more, the GPU
+is what takes the time."""
 
 
 LEAST_WINDOW = 8192
@@ -45,10 +45,10 @@ def row_buckets(most: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Place:
-    """Room for the keys and values of a batch.
+    """Room for the keys and values of a batch in the decoder's last layers.
 
     Attributes:
-        k, v: `[layers, slots, kv heads, head_dim]`.
+        k, v: `[layers, slots, kv heads, head_dim]`; the last ones are those of the last layer.
         starts: `[B]` int32 first slot of each sequence, ascending.
     """
 
@@ -81,19 +81,23 @@ def finish(
     cu_seqlens: torch.Tensor,
     longest: int,
     scratch: Scratch,
+    *,
+    pruned: bool = True,
 ) -> torch.Tensor:
     """Layers `first`.. on the rows of `stream`, and the logits `[B, vocabulary]` after the last row of each sequence.
 
     Args:
-        lease: takes their keys and values.
+        lease: takes their keys and values; its layers end with the last one, and may begin before `first`.
         cu_seqlens: `[B + 1]` int32 where the sequences are; rows behind the last one belong to nobody.
         longest: the most rows a sequence may have.
         scratch: for what the layers leave behind.
+        pruned: False for rows that no stage has seen: layers are not captured for them.
     """
     decoder = engine.decoder
+    assert lease.layers.start <= first and lease.layers.stop == decoder.config.num_layers
     if first == decoder.config.num_layers:  # the stage was in the last layer
         return decoder.logits(stream)
-    rows = row_bucket(stream.hidden.shape[0]) if first else None
+    rows = row_bucket(stream.hidden.shape[0]) if pruned else None
     if rows is not None and engine.captures(lease):
         return _replayed(engine, lease, first, stream, cu_seqlens, rows)
     into = Buffers.allocate(
@@ -167,16 +171,16 @@ def _layers(
     """The layers themselves: nothing here reads a number from the device. The last layer's output is wanted for last rows only."""
     slots = place.slots(cu_seqlens, stream.hidden.shape[0])
     cu_q, cu_k = place.segments(cu_seqlens)
-    last = decoder.config.num_layers - 1
-    for number in range(first, last):
+    count = decoder.config.num_layers
+    for number in range(first, count - 1):
         layer = decoder.layers[number]
         layer.qkv(decoder.normed(stream, layer.input_norm, into.x), outs=into.qkv)
         q, k, v = (decoder.heads(part) for part in into.qkv)
-        keys, values = place.k[number], place.v[number]
+        keys, values = place.k[number - count], place.v[number - count]
         rope(q, k, stream.cos, stream.sin, v=v, k_out=keys, v_out=values, slots=slots)
         attention(q, keys, values, cu_q, cu_k, causal=True, max_seqlen_q=longest, out=into.attended)
         decoder.finish_layer(layer, stream, into.attended, into)
-    layer, keys, values = decoder.layers[last], place.k[last], place.v[last]
+    layer, keys, values = decoder.layers[-1], place.k[-1], place.v[-1]
     x = decoder.normed(stream, layer.input_norm, into.x)
     write_keys(decoder, layer, stream, x, into, keys, values, slots)
     ends = last_rows(cu_seqlens)

@@ -73,3 +73,9 @@ class Arriving:
             self._done.synchronize()
             self._done = None
         return [int(number) for number in self._held.tolist()]
+
+
+def lengths_of(ends: Arriving) -> list[int]:
+    """Lengths of the pieces that `cu_seqlens` on its way to the host bounds; the host waits for it."""
+    bounds = ends.wait()
+    return [stop - start for start, stop in zip(bounds[:-1], bounds[1:], strict=True)]

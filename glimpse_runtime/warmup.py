@@ -8,13 +8,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from fractions import Fraction
+from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from glimpse_runtime import generate as generation
 from glimpse_runtime import tail
-from glimpse_runtime.cache import BLOCK_SIZE
+from glimpse_runtime.cache import BLOCK_SIZE, Segment
 from glimpse_runtime.device_decode import DeviceLoop
 from glimpse_runtime.device_sampling import Choice
 from glimpse_runtime.engine import LEAST_WIDTH
@@ -77,12 +79,12 @@ def warm_up(
     def run(size: int) -> None:
         given = {**options, "max_new_tokens": max_new_tokens}
         if one is None:
-            longest = max(tokens, STEPS)
+            longest = {range(model.base.decoder.config.num_layers): max(tokens, STEPS)}
         else:
             longest = _prompts(model, _repeated(one, size), given)
         if model.device.type != "cpu":  # it has nothing to prepare for decoding
-            for width in _widths(longest):
-                _steps_alone(model, size, min(width * BLOCK_SIZE, longest), given)
+            for rows in _shorter(list(longest.values())):
+                _steps_alone(model, list(zip(longest, ([n] * size for n in rows), strict=True)), given)
 
     if kv_share is not None:
         if one is None:
@@ -122,11 +124,11 @@ def _repeated(inputs: Mapping[str, Any], size: int) -> dict[str, Any]:
     return {name: repeat(value) for name, value in inputs.items()}
 
 
-def _prompts(model: GlimpseModel, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> int:
+def _prompts(model: GlimpseModel, inputs: Mapping[str, Any], options: Mapping[str, Any]) -> dict[range, int]:
     """A call that stops after a few tokens of those that it has room for, and the layers behind its stage for batches of shorter prompts.
 
     Returns:
-        the rows that the longest sequence had room for.
+        the rows that the longest sequence had room for in each segment of the layers.
     """
     given = dict(inputs)
     ids = check_ids(given.pop("input_ids"))
@@ -134,37 +136,44 @@ def _prompts(model: GlimpseModel, inputs: Mapping[str, Any], options: Mapping[st
     room, size, engine = request.max_new_tokens, ids.shape[0], model.engine
     with engine.call():
         prefill = model.prefilled(ids, request)
-        assert prefill.pool is not None
-        capacities, first = prefill.pool.capacities, prefill.stage_layer + 1
+        longest = {lease.layers: max(lease.capacities) for lease in prefill.leases}
+        capacities, first = prefill.leases[-1].capacities, prefill.tail_layer
+        pruned = bool(prefill.outcomes)
         request.max_new_tokens = min(STEPS, room)
         generation.decode(prefill, ids, request, None, time.perf_counter())
     most = sum(capacities) - size * room
-    for rows in tail.row_buckets(most) if first else ():
+    for rows in tail.row_buckets(most) if pruned else ():
         if rows >= size:  # in a lease no larger than that call's
             with engine.call():
                 lease = engine.lease([-(-min(rows, most) // size) + room] * size)
                 tail.prepare(engine, lease, first, rows)
-    return max(capacities)
+    return longest
 
 
-def _widths(rows: int) -> list[int]:
-    """All widths of a block table that steps are captured for, for sequences of up to `rows` rows; the widest first."""
-    widest = bucket(-(-rows // BLOCK_SIZE), LEAST_WIDTH)
-    return [widest >> n for n in range((widest // LEAST_WIDTH).bit_length())]
+def _shorter(longest: Sequence[int]) -> list[tuple[int, ...]]:
+    """Rows in each segment for which steps are captured with all widths of the block tables that shorter prompts need, the most
+    rows first: if sequences of up to `longest` rows shrink in all segments alike."""
+    shares = {Fraction(1)}
+    for rows in longest:
+        width = bucket(-(-rows // BLOCK_SIZE), LEAST_WIDTH)
+        while width > LEAST_WIDTH:
+            width //= 2
+            shares.add(Fraction(width * BLOCK_SIZE, rows))
+    return [tuple(ceil(share * rows) for rows in longest) for share in sorted(shares, reverse=True)]
 
 
-def _steps_alone(model: GlimpseModel, size: int, tokens: int, options: Mapping[str, Any]) -> None:
-    """Decoding alone, as for sequences of `tokens` rows, from nothing."""
-    engine = model.engine
+def _steps_alone(model: GlimpseModel, segments: Sequence[Segment], options: Mapping[str, Any]) -> None:
+    """Decoding alone, as for sequences of so many rows, from nothing."""
+    engine, size = model.engine, len(segments[0][1])
     ids = torch.zeros(size, 1, dtype=torch.int64, device="cpu")
     request = generation.Request.parse(model.generation_config, ids, dict(options))
     choice = on_device(request.config, 1, request.logits_processor) or Choice()
     with engine.call():
-        lease = engine.lease([tokens] * size)
+        leases = engine.lease_all(segments)
         nowhere = torch.zeros(3, size, dtype=torch.int64, device=model.device)
         logits = torch.zeros(
             size, model.base.decoder.config.vocab_size, dtype=model.dtype, device=model.device
         )
-        with closing(DeviceLoop(engine, lease, nowhere, STEPS)) as loop:
+        with closing(DeviceLoop(engine, leases, [nowhere] * len(leases), STEPS)) as loop:
             for _ in loop.tokens(logits, choice, STEPS, ids):
                 pass

@@ -45,6 +45,13 @@ class Scratch:
                 self._kept[name] = piece = torch.empty(size, dtype=torch.uint8, device=self._device)
         return piece[:size].view(dtype).view(shape)
 
+    def swap(self, one: str, other: str) -> None:
+        """Each of the two pieces takes the other's name; what they hold stays."""
+        held = self._kept.pop(one, None), self._kept.pop(other, None)
+        self._kept.update(
+            {name: piece for name, piece in zip((other, one), held, strict=True) if piece is not None}
+        )
+
 
 @dataclass(frozen=True)
 class TailMemory:

@@ -43,8 +43,16 @@ HOST_READS = {
     torch.equal,
     torch.allclose,
     torch.unique,
+    torch.unique_consecutive,
+    torch.bincount,
+    Tensor.unique,
+    Tensor.unique_consecutive,
+    Tensor.bincount,
+    Tensor.allclose,
 }
 """What the host has to wait for."""
+REPEATS = {torch.repeat_interleave, Tensor.repeat_interleave}
+"""Waits for the sum of `repeats` unless it is told."""
 INDEXING = {Tensor.__getitem__, Tensor.__setitem__, Tensor.index_put_, Tensor.copy_}
 """What torch lets have a host tensor beside a device tensor."""
 
@@ -173,6 +181,8 @@ def _watch_copies(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], to_
     elif to_device and func in (torch.tensor, torch.as_tensor, torch.asarray):
         if not isinstance(source, DeviceTensor):
             _between(func, torch.as_tensor(source), False)
+    elif func is Tensor.new_tensor and isinstance(source, DeviceTensor):
+        _between(func, torch.as_tensor(args[1]), False)
     elif func in (Tensor.copy_, Tensor.__setitem__) and isinstance(source, DeviceTensor):
         given = args[1] if func is Tensor.copy_ else args[2]
         if isinstance(given, Tensor) and not isinstance(given, DeviceTensor):
@@ -233,7 +243,7 @@ def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         if func is Tensor.copy_ and not isinstance(args[0], DeviceTensor):
             if _current is None or not _current.passes(args[0], bool(kwargs.get("non_blocking"))):
                 _note(func)
-        elif func in HOST_READS or _host_waits(func, args):
+        elif func in HOST_READS or _host_waits(func, args, kwargs):
             _note(func)
         _watch_copies(func, args, kwargs, to_device=False)
         if func is Tensor.cpu:
@@ -243,8 +253,13 @@ def _call(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
     return _close(func(*_open(args), **_open(kwargs)), mine, on_device)
 
 
-def _host_waits(func: Any, args: Sequence[Any]) -> bool:
-    """A boolean mask as an index: the host allocates what the mask counts."""
+def _host_waits(func: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """A boolean mask as an index, or as many of something as the device says: the host allocates what comes of it."""
+    if func in REPEATS:
+        repeats = kwargs.get("repeats", args[1] if len(args) > 1 else args[0])
+        return isinstance(repeats, DeviceTensor) and kwargs.get("output_size") is None
+    if func in (torch.where, Tensor.where):
+        return len(args) == 1 and not kwargs
     if func in (Tensor.__getitem__, Tensor.__setitem__):
         where = args[1] if isinstance(args[1], tuple) else (args[1],)
         return any(

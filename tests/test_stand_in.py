@@ -90,6 +90,12 @@ def test_two_devices_do_not_mix(gpu: StandIn) -> None:
         lambda x: x.cpu(),
         lambda x: x.to("cpu"),
         lambda x: torch.empty(3).copy_(x),
+        lambda x: torch.where(x > 0),
+        lambda x: x.unique(),
+        lambda x: torch.bincount(x.long()),
+        lambda x: x.repeat_interleave(x.long()),
+        lambda x: torch.repeat_interleave(x.long()),
+        lambda x: torch.repeat_interleave(x, repeats=x.long(), dim=0),
     ],
 )
 def test_every_wait_of_the_host_is_noted(gpu: StandIn, read) -> None:  # type: ignore[no-untyped-def]
@@ -97,6 +103,7 @@ def test_every_wait_of_the_host_is_noted(gpu: StandIn, read) -> None:  # type: i
     y = x * 2 + x.softmax(0)
     y[1:] = 0
     y[torch.tensor([0], device="cuda")] = 1
+    y.repeat_interleave(2), y.repeat_interleave(x.long(), output_size=3), torch.where(x > 0, x, 0.0)
     assert not gpu.reads
     read(x)
     assert len(gpu.reads) == 1
@@ -138,6 +145,7 @@ def test_nothing_waits_means_nothing(gpu: StandIn) -> None:
         "to": lambda: x.to("cpu"),
         "up, ordinary memory": lambda: host.to("cuda", non_blocking=True),
         "up, but waited for": lambda: locked.to("cuda"),
+        "up, from a list": lambda: x.new_tensor([1.0]),
         "a list": lambda: torch.tensor([1.0, 2.0], device="cuda"),
         "copy up": lambda: x.copy_(host),
         "copy down": lambda: host.copy_(x, non_blocking=True),

@@ -6,6 +6,7 @@
 #include <stdlib.h>
 
 #include "cpu/attention_core.h"
+#include "cpu/segments.h"
 
 namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
@@ -102,16 +103,6 @@ bool run_task(const glimpse_attention_params& p, const Plan& plan, int64_t segme
   return true;
 }
 
-// Last segment s with starts[s] <= task.
-GLIMPSE_INLINE int64_t find_segment(const int64_t* starts, int64_t segments, int64_t task) {
-  int64_t low = 0, high = segments;
-  while (high - low > 1) {
-    const int64_t middle = (low + high) / 2;
-    (starts[middle] <= task ? low : high) = middle;
-  }
-  return low;
-}
-
 template <class T>
 glimpse_status run(const glimpse_attention_params& p) {
   Plan plan;
@@ -127,11 +118,7 @@ glimpse_status run(const glimpse_attention_params& p) {
   plan.block = larger<int64_t>(1, target / plan.group);
   plan.block_starts = static_cast<int64_t*>(malloc(sizeof(int64_t) * static_cast<size_t>(p.segments + 1)));
   if (plan.block_starts == nullptr) return fail(GLIMPSE_OUT_OF_MEMORY, "attention: no memory for the task list");
-  plan.block_starts[0] = 0;
-  for (int64_t s = 0; s < p.segments; ++s) {
-    const int64_t queries = p.cu_q[s + 1] - p.cu_q[s];
-    plan.block_starts[s + 1] = plan.block_starts[s] + (queries + plan.block - 1) / plan.block;
-  }
+  count_blocks(p.cu_q, p.segments, plan.block, plan.block_starts);
   write_nothing<T>(p, 0, p.cu_q[0]);
   write_nothing<T>(p, p.cu_q[p.segments], p.q_rows);
   bool short_of_memory = false;  // only ever set to true, by whichever thread
@@ -147,23 +134,11 @@ glimpse_status run(const glimpse_attention_params& p) {
   return short_of_memory ? fail(GLIMPSE_OUT_OF_MEMORY, "attention: no scratch memory") : GLIMPSE_OK;
 }
 
-glimpse_status check_bounds(const char* name, const int32_t* bounds, int64_t segments, int64_t rows) {
-  if (bounds[0] < 0) return fail(GLIMPSE_INVALID, "attention: %s[0]: expected >= 0, found %d", name, bounds[0]);
-  for (int64_t s = 0; s < segments; ++s)
-    if (bounds[s + 1] < bounds[s])
-      return fail(GLIMPSE_INVALID, "attention: %s: expected ascending values, found %d after %d", name, bounds[s + 1],
-                  bounds[s]);
-  if (bounds[segments] > rows)
-    return fail(GLIMPSE_INVALID, "attention: %s: expected at most %lld rows, found %d", name,
-                static_cast<long long>(rows), bounds[segments]);
-  return GLIMPSE_OK;
-}
-
 }  // namespace
 
 glimpse_status attention(const glimpse_attention_params& p) {
-  glimpse_status status = check_bounds("cu_seqlens_q", p.cu_q, p.segments, p.q_rows);
-  if (status == GLIMPSE_OK) status = check_bounds("cu_seqlens_k", p.cu_k, p.segments, p.k_rows);
+  glimpse_status status = check_bounds("attention", "cu_seqlens_q", p.cu_q, p.segments, p.q_rows);
+  if (status == GLIMPSE_OK) status = check_bounds("attention", "cu_seqlens_k", p.cu_k, p.segments, p.k_rows);
   if (status != GLIMPSE_OK) return status;
   if (p.q_heads == 0 || (p.v_dim == 0 && p.lse == nullptr)) return GLIMPSE_OK;  // nothing to write
   return p.dtype == GLIMPSE_BFLOAT16 ? run<bf16>(p) : run<float>(p);

@@ -9,6 +9,7 @@
 #include "glimpse/select_tokens.h"
 
 #include "cpu/isa.h"
+#include "cpu/segments.h"
 
 namespace glimpse::GLIMPSE_ISA_NS {
 namespace {
@@ -119,21 +120,11 @@ bool select_group(const glimpse_select_tokens_params& p, int64_t group) {
   return true;
 }
 
-glimpse_status check_bounds(const char* name, const int32_t* cu, int64_t segments, int64_t limit) {
-  for (int64_t i = 0; i <= segments; ++i) {
-    const int64_t least = i > 0 ? cu[i - 1] : 0;
-    if (cu[i] < least || cu[i] > limit)
-      return fail(GLIMPSE_INVALID, "select_tokens: %s[%lld]: expected a value in [%lld, %lld], found %d", name,
-                  static_cast<long long>(i), static_cast<long long>(least), static_cast<long long>(limit), cu[i]);
-  }
-  return GLIMPSE_OK;
-}
-
 }  // namespace
 
 glimpse_status select_tokens(const glimpse_select_tokens_params& p) {
-  if (check_bounds("cu_groups", p.cu_groups, p.groups, p.tokens) != GLIMPSE_OK) return GLIMPSE_INVALID;
-  if (check_bounds("cu_seqlens", p.cu_seqlens, p.sequences, p.rows) != GLIMPSE_OK) return GLIMPSE_INVALID;
+  if (check_bounds("select_tokens", "cu_groups", p.cu_groups, p.groups, p.tokens) != GLIMPSE_OK) return GLIMPSE_INVALID;
+  if (check_bounds("select_tokens", "cu_seqlens", p.cu_seqlens, p.sequences, p.rows) != GLIMPSE_OK) return GLIMPSE_INVALID;
   if (p.cu_groups[0] != 0 || p.cu_groups[p.groups] != p.tokens)
     return fail(GLIMPSE_INVALID, "select_tokens: cu_groups: expected groups from 0 to %lld, found %d to %d",
                 static_cast<long long>(p.tokens), p.cu_groups[0], p.cu_groups[p.groups]);

@@ -28,14 +28,12 @@ glimpse_drop_duplicates_params pack(address similarity, address cu_seqlens, addr
   return p;
 }
 
+glimpse_drop_duplicates_params sizes(int64_t entries, int64_t groups, int64_t tokens, int64_t listed, int64_t longest) {
+  return pack(0, 0, 0, 0, 0, 0, 0, entries, groups, tokens, listed, 1, longest, 0);
+}
+
 }  // namespace
 
-void bind_cuda_drop_duplicates(py::module_& m) {
-  define_cuda(m, "drop_duplicates", glimpse_cuda_drop_duplicates, pack);
-  m.def("drop_duplicates_workspace", [](int64_t entries, int64_t groups, int64_t tokens, int64_t listed, int64_t longest) {
-    const glimpse_drop_duplicates_params p = pack(0, 0, 0, 0, 0, 0, 0, entries, groups, tokens, listed, 1, longest, 0);
-    return glimpse_cuda_drop_duplicates_workspace(&p);
-  });
-}
+GLIMPSE_BIND_WORKSPACE(drop_duplicates)
 
 }  // namespace glimpse::python

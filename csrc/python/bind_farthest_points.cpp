@@ -26,14 +26,12 @@ glimpse_farthest_points_params pack(address similarity, address cu_seqlens, addr
   return p;
 }
 
+glimpse_farthest_points_params sizes(int64_t entries, int64_t groups, int64_t tokens, int64_t capacity, int64_t longest) {
+  return pack(0, 0, 0, 0, 0, entries, groups, tokens, capacity, longest, true, 0);
+}
+
 }  // namespace
 
-void bind_cuda_farthest_points(py::module_& m) {
-  define_cuda(m, "farthest_points", glimpse_cuda_farthest_points, pack);
-  m.def("farthest_points_workspace", [](int64_t entries, int64_t groups, int64_t tokens, int64_t capacity, int64_t longest) {
-    const glimpse_farthest_points_params p = pack(0, 0, 0, 0, 0, entries, groups, tokens, capacity, longest, true, 0);
-    return glimpse_cuda_farthest_points_workspace(&p);
-  });
-}
+GLIMPSE_BIND_WORKSPACE(farthest_points)
 
 }  // namespace glimpse::python

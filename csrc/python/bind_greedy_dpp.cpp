@@ -26,14 +26,12 @@ glimpse_greedy_dpp_params pack(address similarity, address relevance, address cu
   return p;
 }
 
+glimpse_greedy_dpp_params sizes(int64_t entries, int64_t groups, int64_t tokens, int64_t capacity, int64_t longest) {
+  return pack(0, 0, 0, 0, 0, 0, entries, groups, tokens, capacity, longest, 0);
+}
+
 }  // namespace
 
-void bind_cuda_greedy_dpp(py::module_& m) {
-  define_cuda(m, "greedy_dpp", glimpse_cuda_greedy_dpp, pack);
-  m.def("greedy_dpp_workspace", [](int64_t entries, int64_t groups, int64_t tokens, int64_t capacity, int64_t longest) {
-    const glimpse_greedy_dpp_params p = pack(0, 0, 0, 0, 0, 0, entries, groups, tokens, capacity, longest, 0);
-    return glimpse_cuda_greedy_dpp_workspace(&p);
-  });
-}
+GLIMPSE_BIND_WORKSPACE(greedy_dpp)
 
 }  // namespace glimpse::python

@@ -71,7 +71,8 @@ def drop_duplicates(
     check.expect_same_device(
         op, similarity.device, cu_seqlens=cu_seqlens, order=order, cu_order=cu_order, targets=targets
     )
-    serve = dispatch.select(op, similarity.device, similarity.dtype)
+    size = (groups, tokens, order.shape[0]) if similarity.is_cuda else ()
+    serve = dispatch.select(op, similarity.device, similarity.dtype, size=size)
     result: tuple[Tensor, Tensor] = serve(
         similarity,
         cu_seqlens,

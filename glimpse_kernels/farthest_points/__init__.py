@@ -59,7 +59,8 @@ def farthest_points(
     check.expect_count(op, "capacity", capacity)
     check.expect_count(op, "max_seqlen", max_seqlen or 0)
     check.expect_same_device(op, similarity.device, cu_seqlens=cu_seqlens, cu_picks=cu_picks)
-    serve = dispatch.select(op, similarity.device, similarity.dtype)
+    size = (cu_seqlens.shape[0] - 1, tokens, capacity) if similarity.is_cuda else ()
+    serve = dispatch.select(op, similarity.device, similarity.dtype, size=size)
     result: tuple[Tensor, Tensor] = serve(
         similarity,
         cu_seqlens,

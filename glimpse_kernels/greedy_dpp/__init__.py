@@ -69,7 +69,8 @@ def greedy_dpp(
     check.expect_same_device(
         op, similarity.device, relevance=relevance, cu_seqlens=cu_seqlens, cu_picks=cu_picks
     )
-    serve = dispatch.select(op, similarity.device, similarity.dtype)
+    size = (cu_seqlens.shape[0] - 1, relevance.shape[0], capacity) if similarity.is_cuda else ()
+    serve = dispatch.select(op, similarity.device, similarity.dtype, size=size)
     result: tuple[Tensor, Tensor] = serve(
         similarity, relevance, cu_seqlens, cu_picks, capacity=capacity, eps=eps, max_seqlen=max_seqlen
     )

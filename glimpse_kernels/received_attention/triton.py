@@ -18,9 +18,8 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from glimpse_kernels import _triton
+from glimpse_kernels._triton_segments import SEARCH, count_up_to
 
-SEARCH = 256
-"""Segment bounds read at once to find those of a key tile."""
 REDUCE_TOKENS = 64
 
 
@@ -62,17 +61,6 @@ CONFIGS: _triton.Configs[Tiles] = _triton.Configs(
         Tiles(warps=8, stages=2, keys=256, queries=64),
     ),
 )
-
-
-@triton.jit
-def _count_up_to(bounds, count, limit, SEARCH: tl.constexpr):
-    """How many of the first `count` ascending bounds are at most `limit`."""
-    found = 0
-    for start in range(0, count, SEARCH):
-        offsets = start + tl.arange(0, SEARCH)
-        bound = tl.load(bounds + offsets, mask=offsets < count, other=0)
-        found += tl.sum(((offsets < count) & (bound <= limit)).to(tl.int32), axis=0)
-    return found
 
 
 @triton.jit
@@ -159,8 +147,8 @@ def received_attention_kernel(
 
     total = tl.zeros([KEYS], tl.float32)
     # The segments that reach into the tile: those that end behind its first row and start before its last.
-    first_segment = _count_up_to(cu_k_ptr + 1, segments, top, SEARCH)
-    last_segment = _count_up_to(cu_k_ptr, segments, top + KEYS - 1, SEARCH)
+    first_segment = count_up_to(cu_k_ptr + 1, segments, top, SEARCH)
+    last_segment = count_up_to(cu_k_ptr, segments, top + KEYS - 1, SEARCH)
     for segment in range(first_segment, last_segment):
         k_begin = tl.load(cu_k_ptr + segment)
         k_end = tl.load(cu_k_ptr + segment + 1)

@@ -12,8 +12,11 @@ import torch
 from glimpse_kernels import VipWeights, vip, vip_conditions, vip_rotary
 from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
 from glimpse_runtime.modules import GlimpseModules
-from glimpse_runtime.plan import Layer, Probe, PrunePlan, Stage
-from glimpse_runtime.selection import Budget
+from glimpse_runtime.plan import PrunePlan, Stage
+from glimpse_runtime.stages.budget import Budget
+from glimpse_runtime.stages.places import Layer
+from glimpse_runtime.stages.scorers import GlanceScorer, Probe
+from glimpse_runtime.taps import VisionTaps
 
 
 def glimpse(modules: GlimpseModules) -> PrunePlan:
@@ -31,6 +34,7 @@ def glimpse(modules: GlimpseModules) -> PrunePlan:
                     min_remain_num=settings.min_remain_num,
                     anchor_positions=settings.anchor_positions,
                 ),
+                evict_earlier=True,
             ),
         ),
     )
@@ -49,14 +53,16 @@ class _Prepared:
 
 
 @dataclass(frozen=True)
-class GlimpseScorer:
+class GlimpseScorer(GlanceScorer):
     """The glimpse token's logits in `selected_layers`, judged by the visual importance predictor (VIP)."""
 
     modules: GlimpseModules
 
     @property
-    def vision_taps(self) -> tuple[int, ...]:
-        return self.modules.settings.selected_visual_layers if self.weights.kind == "v1" else ()
+    def taps(self) -> VisionTaps:
+        return VisionTaps(
+            hidden=self.modules.settings.selected_visual_layers if self.weights.kind == "v1" else ()
+        )
 
     @property
     def query_layers(self) -> tuple[int, ...]:
@@ -77,7 +83,7 @@ class GlimpseScorer:
     def prepare(self, taps: Mapping[int, torch.Tensor], layout: VisionLayout) -> _Prepared:
         order = rank = None
         cu, rows, cols = layout.cu_token_frames, layout.rows, layout.cols
-        inputs = [taps[block].to(self.weights.dtype) for block in self.vision_taps]
+        inputs = [taps[block].to(self.weights.dtype) for block in self.taps.hidden]
         if not self.modules.settings.attn_fuse_global:
             order, rank, cu = layout.token_order, layout.token_rank, layout.cu_token_windows
             rows, cols = rows[order], cols[order]

@@ -7,7 +7,10 @@ python3 -m pytest tests/gpu        after `make gpu-check`, so that it is the pro
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -17,7 +20,10 @@ from bench.gpu_e2e_contenders import Keep, Runtime
 from bench.gpu_e2e_worker import backend_for
 from bench.gpu_e2e_world import SMALL, World
 from glimpse_kernels import dispatch
+from glimpse_runtime import GlimpseModel
 from glimpse_runtime.parity import case_names, load_manifest, run_case
+from tests.runtime.conftest import make_batch
+from tests.runtime.test_stages_device import METHODS, MORE
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "glimpse"
 pytestmark = [
@@ -63,3 +69,46 @@ def test_graphs_that_are_dropped_are_captured_again(world: World) -> None:
 def test_recorded_case(world: World, name: str) -> None:
     result = run_case(GOLDEN, name, device="cuda")
     assert result.ok, result.failures
+
+
+@contextmanager
+def definitions() -> Iterator[set[str]]:
+    """Ops that PyTorch definitions serve inside."""
+    found: set[str] = set()
+    select = dispatch.select
+
+    def noted(op: str, device: Any, dtype: torch.dtype, **options: Any) -> Any:
+        serve = select(op, device, dtype, **options)
+        if serve.__module__.endswith(".naive"):
+            found.add(op)
+        return serve
+
+    with mock.patch.object(dispatch, "select", noted):
+        yield found
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_plan(world: World, name: str) -> None:
+    """Each method keeps the tokens and says what it does on the CPU: captured, replayed, and with waits as errors."""
+    make, _ = METHODS[name]
+    (batch, _), (other, _) = make_batch(MORE), make_batch(MORE, seed=1)
+    options = {"max_new_tokens": 6, "eos_token_id": None}
+    models = [
+        GlimpseModel.from_pretrained(GOLDEN / "base", GOLDEN / "gp_v1", dtype=torch.float32, device=device)
+        for device in ("cpu", "cuda")
+    ]
+    wanted, found = (model.prefill(**batch, plan=make(model)) for model in models)
+    assert wanted.pruning is not None and found.pruning is not None
+    for theirs, ours in zip(wanted.pruning.stages, found.pruning.stages, strict=True):
+        assert torch.equal(ours.keep.cpu(), theirs.keep), str(theirs.stage.at)
+    torch.testing.assert_close(found.last_logits.cpu(), wanted.last_logits, atol=1e-3, rtol=0)
+    cpu, gpu = models
+    for inputs in (other, batch):
+        assert gpu.generate(**inputs, **options, plan=make(gpu)).tolist() == (
+            cpu.generate(**inputs, **options, plan=make(cpu)).tolist()
+        )
+    with definitions() as plain:
+        gpu.generate(**other, **options, plan=make(gpu))
+    if not plain:  # they look at lengths on the host
+        with gpu_e2e_checks.waits_are_errors(gpu.device):
+            gpu.generate(**batch, **options, plan=make(gpu))

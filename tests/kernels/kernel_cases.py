@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +24,7 @@ with torch.device("cpu"):
     # make would be on the CPU for good.
     torch.empty(0)
 
+Result = TypeVar("Result")
 needs_triton = pytest.mark.skipif(bool(_triton.missing()), reason=_triton.missing())
 
 ISAS = ("avx512bf16", "avx512", "avx2", "baseline")
@@ -53,6 +57,17 @@ def forced_isa(name: str) -> Iterator[None]:
         yield
     finally:
         module.set_isa(before)
+
+
+@contextmanager
+def forced_threads(count: int) -> Iterator[None]:
+    """Runs the kernels of the block on so many threads, more than there are cores too."""
+    module = _ext.extension()
+    module.set_num_threads(count)
+    try:
+        yield
+    finally:
+        module.set_num_threads(0)
 
 
 class HostGenerators(TorchFunctionMode):
@@ -125,15 +140,16 @@ def cuda_missing() -> str:
     return _cuda.missing() or ("" if here else "no GPU that torch knows, and the emulation is off")
 
 
-def op_cases(op: str) -> list[object]:
-    """pytest parameters for the `kernel` fixture: all backends, instruction sets and dtypes that this machine can run.
+def op_cases(op: str, *backends: str) -> list[object]:
+    """pytest parameters for the `kernel` fixture: all backends (or those named), instruction sets and dtypes that this machine
+    can run.
 
     GPU kernels run on the GPU if there is one, else on the host, in Triton's interpreter or the emulation of CUDA, on a
     stand-in for it; cases on a GPU carry the mark `gpu`.
     """
     params: list[object] = []
     for row in dispatch.support_table():
-        if row.op != op:
+        if row.op != op or (backends and row.backend not in backends):
             continue
         if row.backend == "cpu" and _ext.compiled() is None:
             reason = f"compiled extension not available: {_ext.compiled_error()}"
@@ -161,6 +177,58 @@ def op_cases(op: str) -> list[object]:
                 case = Case(op, row.backend, isa, dtype, "cuda" if row.device == "cuda" else "cpu")
                 params.append(pytest.param(case, id=str(case), marks=[pytest.mark.gpu] if on_gpu else []))
     return params
+
+
+def compiled_cases(op: str) -> list[object]:
+    """Those of `op_cases` that run a C++ kernel on the CPU."""
+    return [param for param in op_cases(op) if param.values[0].backend == "cpu"]  # type: ignore[attr-defined]
+
+
+def on_threads(call: Callable[[], Result], numbers: Sequence[int] = (1, 2, 3, 7)) -> list[Result]:
+    """What `call` returns when the C++ kernels have each of these numbers of threads."""
+    module = _ext.extension()
+    found = []
+    try:
+        for number in numbers:
+            module.set_num_threads(number)
+            found.append(call())
+    finally:
+        module.set_num_threads(0)
+    return found
+
+
+GROWTH = """
+import torch
+
+def kib(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
+
+def growth(call):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the most memory so far is what there is now
+    before = kib("VmRSS")
+    result = call()
+    print(kib("VmHWM") - before)
+    return result
+"""
+measures_memory = pytest.mark.skipif(
+    not Path("/proc/self/clear_refs").exists(), reason="peak memory as Linux tells it"
+)
+needs_compiled = pytest.mark.skipif(
+    _ext.compiled() is None, reason=f"compiled extension not available: {_ext.compiled_error()}"
+)
+
+
+def growths(program: str) -> list[int]:
+    """KiB that each `growth(call)` of a program took besides what was there before it. In a process of its own."""
+    result = subprocess.run(
+        [sys.executable, "-c", GROWTH + program],
+        cwd=Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return [int(line) for line in result.stdout.split()]
 
 
 def assert_as_good_as(ours: Tensor, same_dtype: Tensor, truth: Tensor, what: str = "") -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,15 +15,17 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glimpse_kernels import cosine_similarity, farthest_points
+from glimpse_kernels import _ext, cosine_similarity, farthest_points, force_backend
+from glimpse_kernels._triton import Launch
 from tests.kernels.arena import sparse_tensor
-from tests.kernels.kernel_cases import Case, cu_seqlens, op_cases
+from tests.kernels.kernel_cases import Case, cu_seqlens, forced_threads, op_cases
 
 METHODS = Path(__file__).parents[1] / "golden" / "methods"
 RECORDED = {
     n: c for n, c in json.loads((METHODS / "manifest.json").read_text()).items() if c["method"] == "divprune"
 }
 all_cases = pytest.mark.parametrize("kernel", op_cases("farthest_points"), indirect=True)
+compiled = pytest.mark.skipif(_ext.compiled() is None, reason="compiled extension not available")
 
 
 def expected(matrix: Tensor, count: int, repeat: bool) -> list[int]:
@@ -136,9 +139,33 @@ def test_capacity_and_longest_group(kernel: Case) -> None:
 @all_cases
 def test_large(kernel: Case) -> None:
     """More columns than a block has threads; a size that 4 and 8 divide, and one that they do not."""
-    for n in (4096, 4099) if kernel.device == "cuda" and not kernel.interpreted else (1032, 2103):
+    sizes = (1032, 2103) if kernel.backend != "triton" else (264, 517)  # interpreted, or by the definition
+    for n in (4096, 4099) if kernel.device == "cuda" and not kernel.interpreted else sizes:
         matrix = torch.randint(-400, 400, (n, n)).to(kernel.dtype) / 512
         check(kernel, [matrix], [4])
+
+
+@pytest.mark.parametrize("kernel", op_cases("farthest_points", "triton"), indirect=True)
+@pytest.mark.parametrize("repeat", [True, False])
+def test_groups_longer_than_a_block(kernel: Case, repeat: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so short that the running minimum of the longer groups is in memory, and that threads share columns."""
+    module = importlib.import_module("glimpse_kernels.farthest_points.triton")
+    monkeypatch.setattr(module, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(module, "MOST_BLOCK", 16)
+    sizes, counts = [40, 1, 16, 0, 17, 33], [12, 3, 2, 1, 20, 6]
+    with module.CONFIGS.forced(Launch(warps=4, stages=1)):
+        check(kernel, [torch.randint(-9, 10, (n, n)) / 9 for n in sizes], counts, repeat=repeat)
+
+
+@all_cases
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads(kernel: Case, threads: int) -> None:
+    """Columns and groups that are shared out: in the C++ kernel the first of them, and with many picks the others."""
+    if kernel.backend != "cpu":
+        return
+    with forced_threads(threads):
+        check(kernel, [torch.randint(-90, 91, (n, n)) / 128 for n in (301, 1500, 0, 777)], [3, 2, 1, 4])
+        check(kernel, [cosines(300) for _ in range(7)], [150] * 7, repeat=False)
 
 
 @all_cases
@@ -178,6 +205,25 @@ def test_recorded(kernel: Case, name: str) -> None:
     )
     assert picks.tolist() == want.tolist()
     assert keep.nonzero().flatten().tolist() == data["out.kept_indices"].tolist()
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("rows", "places", "words"),
+    [
+        ([1, 3], [0, 1], r"cu_seqlens\[0\]: expected a value in \[0, 0\], found 1"),
+        ([0, 2, 1], [0, 1, 1], r"cu_seqlens\[2\]: expected a value in \[2, 3\], found 1"),
+        ([0, 4], [0, 1], r"cu_seqlens\[1\]: expected a value in \[0, 3\], found 4"),
+        ([0, 3], [0, 1], r"similarity: expected at least 9 entries .* found 8"),
+        ([0, 2], [-1, 1], r"cu_picks\[0\]: expected at least 0, found -1"),
+        ([0, 1, 2], [0, 2, 1], r"cu_picks\[2\]: expected at least 2, found 1"),
+    ],
+)
+def test_lengths_that_do_not_fit(rows: list[int], places: list[int], words: str) -> None:
+    """The C++ kernel says so before it reads or writes anything."""
+    bounds = [torch.tensor(x, dtype=torch.int32) for x in (rows, places)]
+    with force_backend("cpu"), pytest.raises(ValueError, match=f"farthest_points: {words}"):
+        farthest_points(torch.zeros(8), *bounds, tokens=3, capacity=2)
 
 
 def test_similarity_of_zero_rows_and_groups() -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 from pathlib import Path
@@ -13,15 +14,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from glimpse_kernels import cosine_similarity, greedy_dpp
+from glimpse_kernels import _ext, cosine_similarity, force_backend, greedy_dpp
 from tests.kernels.arena import sparse_tensor
-from tests.kernels.kernel_cases import Case, cu_seqlens, op_cases
+from tests.kernels.kernel_cases import Case, cu_seqlens, forced_isa, forced_threads, isas_here, op_cases
 
 METHODS = Path(__file__).parents[1] / "golden" / "methods"
 RECORDED = {
     n: c for n, c in json.loads((METHODS / "manifest.json").read_text()).items() if c["method"] == "cdpruner"
 }
 all_cases = pytest.mark.parametrize("kernel", op_cases("greedy_dpp"), indirect=True)
+compiled = pytest.mark.skipif(_ext.compiled() is None, reason="compiled extension not available")
 
 
 def gains(kernel: Tensor, picks: list[int]) -> Tensor:
@@ -112,6 +114,72 @@ def test_classes(kernel: Case, n: int) -> None:
         assert keep.nonzero().flatten().tolist() == sorted(want[:count])
 
 
+@pytest.mark.parametrize("kernel", op_cases("greedy_dpp", "triton"), indirect=True)
+def test_groups_longer_than_a_block(kernel: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks so short that the gains of the longer groups are in memory, and that threads share columns: the same picks, as sums
+    run in one order."""
+    module = importlib.import_module("glimpse_kernels.greedy_dpp.triton")
+    sizes, counts = [40, 1, 16, 0, 17, 33], [14, 3, 20, 1, 17, 5]
+    features = [torch.randn(n, 12) + 1 for n in sizes]
+    packed = torch.cat([cosine_similarity(x, [x.shape[0]]) for x in features])
+    relevance = torch.randn(sum(sizes))
+    arguments = packed, relevance, cu_seqlens(sizes), cu_seqlens(counts)
+    want = greedy_dpp(*arguments, capacity=sum(counts))
+    monkeypatch.setattr(module, "LEAST_BLOCK", 16)
+    monkeypatch.setattr(module, "MOST_BLOCK", 16)
+    for flight in (1, 4):
+        with module.CONFIGS.forced(module.Rows(warps=4, stages=1, flight=flight)):
+            found = greedy_dpp(*arguments, capacity=sum(counts))
+        assert torch.equal(found[0], want[0]) and torch.equal(found[1], want[1])
+    picks, place, first = want[0].tolist(), 0, 0
+    for x, count in zip(features, counts, strict=True):
+        n = x.shape[0]
+        mine = [p - first if p >= 0 else -1 for p in picks[place : place + count]]
+        if n:
+            assert_greedy(cosine_similarity(x, [n]).view(n, n), relevance[first : first + n], mine, 1e-5)
+        place, first = place + count, first + n
+
+
+@all_cases
+def test_squares_are_rounded_before_they_are_taken_away(kernel: Case) -> None:
+    """Tokens that tie at 1/4 after the first pick. Of their c the square of the earlier one is rounded down, that of the later one up:
+    taken away unrounded, they would make the later one the better."""
+    down, up = 0.81, 0.8
+    squares = torch.tensor([down, up]) * torch.tensor([down, up])
+    errors = squares.double() - torch.tensor([down, up]).double() ** 2
+    assert errors[0] < 0 < errors[1]
+    similarity = torch.zeros(3, 3)
+    similarity[0, 0] = 4.0
+    similarity[0, 1:] = similarity[1:, 0] = 2 * torch.tensor([down, up])
+    similarity[1, 1], similarity[2, 2] = (0.25 + squares).tolist()
+    assert torch.equal(similarity.diagonal()[1:] - squares, torch.full((2,), 0.25))
+    picks, _ = greedy_dpp(similarity.flatten(), torch.ones(3), cu_seqlens([3]), cu_seqlens([2]), capacity=2)
+    assert picks.tolist() == [0, 1]
+
+
+@compiled
+@pytest.mark.parametrize("isa", isas_here())
+def test_many_picks_in_long_groups(isa: str) -> None:
+    """Tokens wait as long as they cannot be the best, many where few are relevant. Each pick is the best all the same, on any number
+    of threads."""
+    sizes, count = [700, 333, 333, 333], 120
+    features = [torch.randn(n, 160) + torch.randn(160) for n in sizes]
+    packed = torch.cat([cosine_similarity(x, [x.shape[0]]) for x in features])
+    relevance = torch.rand(sum(sizes)) ** 3
+    found = []
+    with force_backend("cpu"), forced_isa(isa):
+        for threads in (1, 2, 5):
+            with forced_threads(threads):
+                picks, _ = greedy_dpp(
+                    packed, relevance, cu_seqlens(sizes), cu_seqlens([count] * 4), capacity=4 * count
+                )
+            found.append(picks)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+    block, mine = packed[: 700 * 700].view(700, 700), found[0][:count].tolist()
+    assert min(mine) >= 0
+    assert_greedy(block, relevance[:700], mine, 1e-5)
+
+
 @all_cases
 def test_floor(kernel: Case) -> None:
     """Two directions at an angle of 0.01: the second adds 1e-4 of itself. The floor is relative: the least relevant token is
@@ -200,6 +268,22 @@ def test_recorded(kernel: Case, name: str) -> None:
     )
     assert torch.equal(keep.view(images, n), data["out.kept_mask"])
     assert sorted(picks.tolist()) == keep.nonzero().flatten().tolist()
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("rows", "places", "words"),
+    [
+        ([0, 4], [0, 1], r"cu_seqlens\[1\]: expected a value in \[0, 3\], found 4"),
+        ([0, 3], [0, 1], r"similarity: expected at least 9 entries .* found 8"),
+        ([0, 1, 2], [0, 2, 1], r"cu_picks\[2\]: expected at least 2, found 1"),
+    ],
+)
+def test_lengths_that_do_not_fit(rows: list[int], places: list[int], words: str) -> None:
+    """The C++ kernel says so before it reads or writes anything."""
+    bounds = [torch.tensor(x, dtype=torch.int32) for x in (rows, places)]
+    with force_backend("cpu"), pytest.raises(ValueError, match=f"greedy_dpp: {words}"):
+        greedy_dpp(torch.zeros(8), torch.zeros(3), *bounds, capacity=2)
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,8 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from glimpse_kernels import _ext, attention, select_tokens
-from tests.kernels.kernel_cases import cu_seqlens, forced_isa, isas_here
+from tests.kernels.kernel_cases import cu_seqlens, forced_isa, forced_threads, isas_here
 
 ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.skipif(
@@ -158,23 +157,13 @@ print(module.thread_pool(), "/", len(used))
     assert result.stdout.strip() == "own threads / 3"
 
 
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    module = _ext.extension()
-    module.set_num_threads(count)
-    try:
-        yield
-    finally:
-        module.set_num_threads(0)
-
-
 def test_attention_does_not_depend_on_the_number_of_threads() -> None:
     lengths = [300, 1, 129]
     q, k, v = (torch.randn(sum(lengths), heads, 40) for heads in (6, 3, 3))
     bounds = cu_seqlens(lengths)
     found = []
     for count in (1, 2, 3, 5):
-        with threads(count):
+        with forced_threads(count):
             found.append(attention(q, k, v, bounds, bounds, causal=True))
     start = 0
     for n in lengths:

@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from glimpse_kernels import last_row_attention
-from tests.kernels.kernel_cases import Case, cu_seqlens, fused_views, op_cases
+from tests.kernels.kernel_cases import Case, compiled_cases, cu_seqlens, fused_views, on_threads, op_cases
 
 METHODS = Path(__file__).parents[1] / "golden" / "methods"
 all_cases = pytest.mark.parametrize("kernel", op_cases("last_row_attention"), indirect=True)
+compiled = pytest.mark.parametrize("kernel", compiled_cases("last_row_attention"), indirect=True)
 
 
 def ints(*values: int) -> Tensor:
@@ -133,6 +134,66 @@ def test_no_tokens(kernel: Case) -> None:
     q, k = (torch.randn(1, 2, 8).to(kernel.dtype) for _ in range(2))
     assert last_row_attention(q, k, cu_seqlens([1]), ints(), ints()).shape == (0,)
     assert last_row_attention(q[:0], k, cu_seqlens([]), ints(), ints()).shape == (0,)
+
+
+@all_cases
+def test_keys_that_are_not_numbers(kernel: Case) -> None:
+    """They reach the rows of their own sequence."""
+    q, k = torch.randn(2, 4, 16).to(kernel.dtype), torch.randn(40, 2, 16).to(kernel.dtype)
+    cu, index, seq = cu_seqlens([25, 15]), ints(3, 24, 25, 39), ints(0, 0, 1, 1)
+    want, lse = expected(q, k, cu, index, seq)
+    k[7, 1, 5] = float("nan")
+    found = last_row_attention(q, k, cu, index, seq)
+    assert found[:2].isnan().all()
+    close(found[2:], want[2:])
+    close(last_row_attention(q, k, cu, index, seq, lse=lse.float()), want)  # row 7 is not listed
+
+
+@all_cases
+def test_heads_that_give_nothing(kernel: Case) -> None:
+    """The mean is over all heads, those with an lse of -inf too."""
+    q, k = torch.randn(1, 4, 16).to(kernel.dtype), torch.randn(25, 2, 16).to(kernel.dtype)
+    cu, index, seq = cu_seqlens([25]), ints(3, 24), ints(0, 0)
+    _, lse = expected(q, k, cu, index, seq)
+    lse = lse.float()
+    lse[0, 2:] = float("-inf")
+    two = torch.softmax(torch.einsum("hd,jd->hj", q[0, :2].double(), k[:, 0].double()) / 4, -1)
+    close(last_row_attention(q, k, cu, index, seq, lse=lse), two.sum(0)[[3, 24]] / 4)
+
+
+@compiled
+def test_threads(kernel: Case) -> None:
+    """Enough keys for all of them; the chunks of a sequence and the tiles of listed keys fall together in many ways."""
+    lengths = [700, 0, 1, 1500, 131]
+    cu = cu_seqlens(lengths)
+    q = torch.randn(5, 14, 72).to(kernel.dtype)
+    k = torch.randn(sum(lengths), 2, 72).to(kernel.dtype)
+    index = torch.randperm(sum(lengths))[:1501].int()
+    seq = (torch.bucketize(index, cu, right=True) - 1).int()
+    want, lse = expected(q, k, cu, index, seq)
+    for given in (None, lse.float()):
+        found = on_threads(lambda given=given: last_row_attention(q, k, cu, index, seq, lse=given))  # type: ignore[misc]
+        close(found[0], want)
+        assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("index", "seq", "cu", "words"),
+    [
+        (5, 0, [0, 3, 5], r"token_index\[1\]: expected a row of k in \[0, 5\), found 5"),
+        (-1, 0, [0, 3, 5], r"token_index\[1\]"),
+        (0, 2, [0, 3, 5], r"token_seq\[1\]: expected a row of q in \[0, 2\), found 2"),
+        (0, -1, [0, 3, 5], r"token_seq\[1\]"),
+        (0, 0, [0, 3, 6], "cu_seqlens_k: expected at most 5 rows, found 6"),
+        (0, 0, [0, 3, 2], "cu_seqlens_k: expected ascending values, found 2 after 3"),
+        (0, 0, [-1, 3, 5], r"cu_seqlens_k\[0\]: expected >= 0, found -1"),
+    ],
+)
+def test_rows_outside(kernel: Case, index: int, seq: int, cu: list[int], words: str) -> None:
+    q, k = torch.ones(2, 2, 8, dtype=kernel.dtype), torch.ones(5, 1, 8, dtype=kernel.dtype)
+    with pytest.raises(ValueError, match=f"last_row_attention: {words}"):
+        last_row_attention(q, k, ints(*cu), ints(0, index), ints(0, seq))
 
 
 def projected(data: dict[str, Tensor], stage: str, heads: int, kv: int, eps: float) -> tuple[Tensor, Tensor]:

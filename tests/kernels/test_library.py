@@ -68,6 +68,15 @@ def samples() -> dict[str, tuple[tuple[Any, ...], dict[str, Any]]]:
             (torch.rand(13), ints(0, 3, 5), ints(2, 0, 1, 4, 3), ints(0, 3, 5), ints(1, 1)),
             {"tokens": 5, "per_round": 1},
         ),
+        "merge_nearest": (
+            (torch.randn(7, 4), torch.tensor([True, False, False, True, False, True, False]), ints(0, 3, 7)),
+            {"metric": torch.randn(7, 3), "how": "target_plus_mean"},
+        ),
+        "window_topk": (
+            (torch.rand(14), ints(0, 8, 12), ints(2, 4, 2, 2).view(2, 2), ints(0, 3, 5)),
+            {"window": 2, "capacity": 5, "share": "down"},
+        ),
+        "graph_flow": ((torch.randn(6, 3) + 1, ints(0, 4, 6)), {"steps": 2, "degree": "float16"}),
         "compact": (
             (
                 ints(0, 4, -1),

@@ -267,6 +267,15 @@ def calls() -> dict[str, tuple[tuple[int, ...], Any]]:
         "glimpse_scores": ((5, 2 * 8), lambda: kernels.glimpse_scores(
             empty(1, 4, 8), empty(9, 2, 8), ints(*range(5)), ints(*[0] * 5),
         )),
+        "farthest_points": ((2, 5, 3), lambda: kernels.farthest_points(
+            empty(13), ints(0, 2, 5), ints(0, 1, 3), tokens=5, capacity=3,
+        )),
+        "greedy_dpp": ((2, 5, 3), lambda: kernels.greedy_dpp(
+            empty(13), empty(5), ints(0, 2, 5), ints(0, 1, 3), capacity=3,
+        )),
+        "drop_duplicates": ((2, 5, 4), lambda: kernels.drop_duplicates(
+            empty(13), ints(0, 2, 5), ints(1, 0, 4, 2), ints(0, 2, 4), ints(1, 1), tokens=5,
+        )),
         "patchify": ((28 * 56,), lambda: kernels.patchify(image, **options)),  # type: ignore[arg-type]
         "patchify, resized": ((28 * 56, 56 * 84), lambda: kernels.patchify(image, size=(56, 84), **options)),  # type: ignore[arg-type]
     }  # fmt: skip

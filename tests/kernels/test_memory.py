@@ -81,6 +81,19 @@ for isa in ("avx512bf16", "avx512", "avx2", "baseline"):
         gk.decode_attention(real(1, hq, d), *pool, table, ints(length), out=real(1, hq, dv))
         lse, scores = guard(torch.randn(2, hq)), guard(torch.randn(3, hq))
         gk.glimpse_scores(real(2, hq, d), real(9, hkv, d), ints(8, 0, 8), ints(1, 1, 0), out=scores, lse=lse)
+        rows = torch.full((sum(lq), hq), 2.0), torch.randperm(sum(lk)).int()
+        rows = [guard(x) for x in rows]
+        kind = dict(causal=turn % 4 < 2, order=rows[1])
+        gk.received_attention(q, k, rows[0], at_q, at_k, out=guard(torch.randn(sum(lk))), **kind)
+        if sum(lk):
+            last = torch.randint(0, sum(lk), (5,)).int()
+            seq = torch.bucketize(last, at_k, right=True).int() - 1
+            listed = guard(last), guard(seq)
+            for given in (None, guard(torch.randn(3, hq))):
+                gk.last_row_attention(real(3, hq, d), k, at_k, *listed, lse=given, out=guard(torch.randn(5)))
+        marks = [guard(torch.rand(sum(lk)) < 0.5) for _ in range(2)]
+        like = guard(torch.randn(sum(lk), d).to(random.choice([torch.float32, torch.bfloat16])))
+        gk.merge_nearest(real(sum(lk), dv), marks[0], at_k, sources=marks[1], metric=like, out=real(sum(lk), dv))
         t = random.choice([1, 3, 9])
         gk.rms_norm(real(t, d), real(d), 1e-6, residual=real(t, d), out=real(t, d))
         rows, depth, cols = (random.choice(c) for c in ((1, 2, 5, 16, 17, 40), (1, 31, 64, 97, 130), (1, 3, 32, 65, 100)))
@@ -110,7 +123,8 @@ for isa in ("avx512bf16", "avx512", "avx2", "baseline"):
         plain = dict(mean=(0.5,) * 3, std=(0.5,) * 3, resample=random.choice(["bicubic", "lanczos", "box"]))
         gk.patchify(picture, **grid, **plain, down_first=turn % 2 == 0, out=real(cells, 54))
         del picture
-        del q, k, v, at_q, at_k, out, want, table, pool, lse, scores, angles, target, pair
+        del q, k, v, at_q, at_k, out, want, table, pool, lse, scores, angles, target, pair, rows, kind, marks, like
+        listed = given = None
         alive.clear()
 print("done")
 """

@@ -13,10 +13,21 @@ from torch import Tensor
 
 from glimpse_kernels import _triton, attention, received_attention
 from glimpse_kernels.attention.naive import attention as naive_attention
-from tests.kernels.kernel_cases import Case, cu_seqlens, fused_views, op_cases
+from tests.kernels.kernel_cases import (
+    Case,
+    compiled_cases,
+    cu_seqlens,
+    fused_views,
+    growths,
+    measures_memory,
+    needs_compiled,
+    on_threads,
+    op_cases,
+)
 
 METHODS = Path(__file__).parents[1] / "golden" / "methods"
 all_cases = pytest.mark.parametrize("kernel", op_cases("received_attention"), indirect=True)
+compiled = pytest.mark.parametrize("kernel", compiled_cases("received_attention"), indirect=True)
 AMPERE, HOPPER = _triton.Chip(80, 3), _triton.Chip(90, 3)
 
 
@@ -234,6 +245,83 @@ def test_with_the_lse_of_attention(kernel: Case) -> None:
     logits = torch.einsum("ihd,jhd->hij", q.double(), k.double()) * 80**-0.5
     want = torch.softmax(logits, -1).mean(0).sum(0).view(-1, 4).mean(1)
     close(received_attention(q, k, lse, cu, cu, group=4), want)
+
+
+@compiled
+@pytest.mark.parametrize("causal", [False, True])
+def test_threads(kernel: Case, causal: bool) -> None:
+    """The number of threads decides how many keys a task has; whole tiles, parts of one, and segments without keys."""
+    q_lengths, k_lengths = [300, 7, 97, 0, 1], [517, 0, 300, 40, 1]
+    cu_q, cu_k = cu_seqlens(q_lengths), cu_seqlens(k_lengths)
+    q = torch.randn(sum(q_lengths), 6, 40).to(kernel.dtype)
+    k = torch.randn(sum(k_lengths), 3, 40).to(kernel.dtype)
+    want, lse = expected(q, k, None, cu_q, cu_k, causal=causal)
+    lse = lse.float()
+    found = on_threads(lambda: received_attention(q, k, lse, cu_q, cu_k, causal=causal), (1, 2, 3, 64))
+    close(found[0], want)
+    assert all(torch.equal(found[0], other) for other in found[1:])
+
+
+@compiled
+def test_sums_of_many_small_terms(kernel: Case) -> None:
+    """Added one after the other in fp32, forty thousand equal terms are off by thirty times as much as is allowed."""
+    n = 40000
+    q, k = torch.zeros(n, 2, 4).to(kernel.dtype), torch.zeros(3, 2, 4).to(kernel.dtype)
+    lse = torch.full((n, 2), 1.1).log()
+    found = received_attention(q, k, lse, cu_seqlens([n]), cu_seqlens([3]))
+    want = n * torch.exp(-lse[0, 0].double())
+    torch.testing.assert_close(found.double(), want.expand(3), rtol=1e-5, atol=0)
+
+
+@compiled
+@pytest.mark.parametrize(
+    ("cu_q", "cu_k", "order", "words"),
+    [
+        ([0, 7], [0, 8], None, "cu_seqlens_q: expected at most 6 rows, found 7"),
+        ([0, 6], [0, 9], None, "cu_seqlens_k: expected at most 8 rows, found 9"),
+        ([0, 4, 3], [0, 8, 8], None, "cu_seqlens_q: expected ascending values, found 3 after 4"),
+        ([0, 6], [-2, 8], None, r"cu_seqlens_k\[0\]: expected >= 0, found -2"),
+        ([0, 6], [0, 8], [0, 1, 4, 3], r"order\[2\]: expected a place in \[0, 4\), found 4"),
+        ([0, 6], [0, 8], [0, 1, 2, -1], r"order\[3\]: expected a place in \[0, 4\), found -1"),
+    ],
+)
+def test_places_outside(
+    kernel: Case, cu_q: list[int], cu_k: list[int], order: list[int] | None, words: str
+) -> None:
+    q, k, lse = torch.ones(6, 2, 8).to(kernel.dtype), torch.ones(8, 1, 8).to(kernel.dtype), torch.ones(6, 2)
+    places = None if order is None else torch.tensor(order).int()
+    with pytest.raises(ValueError, match=f"received_attention: {words}"):
+        received_attention(
+            q, k, lse, torch.tensor(cu_q).int(), torch.tensor(cu_k).int(), group=2, order=places
+        )
+
+
+TOWER = """
+from glimpse_kernels import received_attention
+
+def bounds(n):
+    return torch.tensor([0, n], dtype=torch.int32)
+
+n = 32768
+torch.set_num_threads(2)
+for dtype in (torch.float32, torch.bfloat16):
+    q, k = (torch.randn(n, 1, 16).to(dtype) for _ in range(2))
+    lse = 10 + torch.rand(n, 1)
+    received_attention(q[:300], k[:300], lse[:300], bounds(300), bounds(300))  # pages of the library and of its threads
+    found = growth(lambda: received_attention(q, k, lse, bounds(n), bounds(n), group=4))
+    for token in (0, 1234, 8191):
+        logits = q[:, 0].double() @ k[4 * token : 4 * token + 4, 0].double().T / 4
+        want = torch.exp(logits - lse.double()).sum(0).mean()
+        torch.testing.assert_close(found[token].double(), want, rtol=2e-5, atol=0)
+"""
+
+
+@needs_compiled
+@measures_memory
+def test_memory_of_a_long_segment() -> None:
+    """32,768 patches in one segment, whose matrix is 4 GiB a head: two threads take less than 4 MiB."""
+    found = growths(TOWER)
+    assert len(found) == 2 and max(found) < 4096
 
 
 def rotated_again(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

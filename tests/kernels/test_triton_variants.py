@@ -21,10 +21,16 @@ from bench.fake_driver import compiling
 from glimpse_kernels import _triton
 from glimpse_kernels.attention import _flash
 from glimpse_kernels.decode_attention.triton import decode_attention
+from glimpse_kernels.drop_duplicates.triton import drop_duplicates
+from glimpse_kernels.farthest_points.triton import farthest_points
 from glimpse_kernels.glimpse_scores.triton import glimpse_scores
+from glimpse_kernels.graph_flow.triton import graph_flow
+from glimpse_kernels.greedy_dpp.triton import greedy_dpp
 from glimpse_kernels.last_row_attention.triton import last_row_attention
+from glimpse_kernels.merge_nearest.triton import merge_nearest
 from glimpse_kernels.patchify.triton import patchify
 from glimpse_kernels.received_attention.triton import received_attention
+from glimpse_kernels.window_topk.triton import window_topk
 
 found = defaultdict(set)
 
@@ -48,6 +54,16 @@ with compiling(90, tell), _triton.force_chip(_triton.Chip(90, 132)):
             picture, mean=[0.5] * 3, std=[0.5] * 3, size=(28 * b, 56 * b), resample="bicubic", down_first=False,
             patch_size=14, temporal_patch_size=2, merge_size=2, rescale=1 / 255, dtype=torch.float32, out=None,
         )
+        similarity, places = new(b * n * n), new(b + 2, dtype=torch.int32)[b % 2 :][: b + 1]
+        sizes = {"tokens": b * n, "max_seqlen": n // 4}
+        farthest_points(similarity, places, places, capacity=n, repeat=True, **sizes)
+        greedy_dpp(similarity.float(), new(b * n, dtype=torch.float32), places, places, capacity=n, eps=1e-5, max_seqlen=n // 4)
+        drop_duplicates(similarity, places, new(5 * n, dtype=torch.int32), places, places[1:], per_round=b, **sizes)
+        features, marks = new(n, 256), new(n, dtype=torch.bool)
+        graph_flow(features, bounds, threshold=0.5, temperature=0.03, steps=5, rounded=True, degree="edges")
+        merge_nearest(features, marks, bounds, sources=None, metric=None, how="mean", out=None)
+        scores, grids = new(n, dtype=torch.float32), new(b, 2, dtype=torch.int32)
+        window_topk(scores, bounds, grids, bounds, window=4, capacity=n, share="up", max_seqlen=n // 4)
         decode_attention(row, pool, pool, new(b, 2 * n, dtype=torch.int32), new(b, dtype=torch.int32))
 print(json.dumps({name: len(kinds) for name, kinds in found.items()}))
 """
@@ -67,5 +83,6 @@ def test_lengths_do_not_make_variants() -> None:
     variants = json.loads(done.stdout)
     variants.pop("decode_attention_join_kernel")  # few runs and many are two configurations
     assert variants.pop("resize_kernel") == 2  # one for each direction
-    assert len(variants) >= 8
+    assert variants.pop("graph_flow_step_kernel") == 2  # the first step and the others
+    assert len(variants) >= 20
     assert set(variants.values()) == {1}, variants

@@ -152,6 +152,12 @@ def test_overlays_of_two_pictures(call, picture, tmp_path):
             assert written.width / written.height == pytest.approx(196 / 140, rel=0.01)
 
 
+def test_compare_with_a_plan_needs_no_modules(call, picture, base):
+    options = ("-b", base, "--compare", "--plan", "fastv", "--max-new-tokens", 2)
+    code, out, _ = call("run", "w1", "-i", picture, *options, model=False)
+    assert code == 0 and "18 of 35" in out
+
+
 def test_compare_prints_a_table(call, picture):
     code, out, _ = call("run", "w1", "-i", picture, "--compare", "--max-new-tokens", 2)
     assert code == 0 and "unpruned" in out and "first token after" in out

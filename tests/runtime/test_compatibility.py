@@ -221,8 +221,11 @@ def test_plans_that_cannot_be_executed_are_refused(model, golden_inputs):
     for name, value in {"positions": "renumber", "evict_earlier": False}.items():
         with pytest.raises(glimpse.UnsupportedOptionError, match=name):
             glimpse.PrunePlan("other", (dataclasses.replace(stage, **{name: value}),))
-    with pytest.raises(glimpse.UnsupportedOptionError, match="one stage"):
+    with pytest.raises(glimpse.GlimpseError, match="the tokens have passed it already"):
         glimpse.PrunePlan("two", (stage, stage))
+    later = dataclasses.replace(stage, at=glimpse.Layer(5))
+    with pytest.raises(glimpse.GlimpseError, match="at most one stage whose score needs rows of its own"):
+        glimpse.PrunePlan("two", (stage, later))
     blind = glimpse.PrunePlan("blind", (dataclasses.replace(stage, score=None),))
     with pytest.raises(glimpse.GlimpseError, match="keep masks must come with the call"):
         model.prefill(**golden_inputs("square_8x8"), plan=blind)

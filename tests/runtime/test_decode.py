@@ -30,7 +30,7 @@ def either(request):
 def loop_of(model, inputs, room, plan="default", record=True):
     """A loop behind a finished prefill, and the first tokens."""
     state = model.prefill(**inputs, plan=plan, max_new_tokens=room)._state
-    loop = DecodeLoop(state.decoder, state.pool, state.batch.next_positions, room, record=record)
+    loop = DecodeLoop(state.decoder, state.leases, state.next_positions, room, record=record)
     return loop, state.last_logits.argmax(-1)
 
 
@@ -49,19 +49,17 @@ def test_recorded_steps_are_the_eager_ones_over_block_and_chunk_borders(either):
     for step in range(steps):
         logits, expected = recorded.step(tokens), eager.step(tokens)
         assert torch.equal(logits, expected), step
-        assert torch.equal(recorded.pool.lengths, eager.pool.lengths)
+        assert torch.equal(recorded.lengths, eager.lengths)
         tokens = (logits.argmax(-1) + step) % 600  # not only what the model says, which soon repeats
         if step in (3, CHUNK + 1):
             finished = torch.arange(3) == (0 if step == 3 else 2)
             recorded.retire(finished)
             eager.retire(finished)
     assert (recorded.recording is not None) == can_record(either) and eager.recording is None
-    for row, length in enumerate(eager.pool.lengths.tolist()):
+    for row, length in enumerate(eager.lengths[0].tolist()):
         for layer in range(6):
-            for a, b in zip(
-                recorded.pool.rows(row, layer, length), eager.pool.rows(row, layer, length), strict=True
-            ):
-                assert torch.equal(a, b)
+            a, b = (torch.stack(loop.leases[0].rows(row, layer, length)) for loop in (recorded, eager))
+            assert torch.equal(a, b)
 
 
 @torch.no_grad()
@@ -85,18 +83,18 @@ def test_a_retired_row_keeps_its_cache_and_changes_no_other(model):
     loop, tokens = loop_of(model, batch, 8)
     solo, solo_tokens = loop_of(model, alone[2], 8)
     loop.step(tokens), solo.step(solo_tokens)
-    length = int(loop.pool.lengths[1])
+    lease, length = loop.leases[0], int(loop.lengths[0, 1])
     for layer in range(6):
-        loop.pool.rows(1, layer, length + 4)[0][length:] = 7.0
-    before = [loop.pool.rows(1, layer, length + 4)[0].clone() for layer in range(6)]
+        lease.rows(1, layer, length + 4)[0][length:] = 7.0
+    before = [lease.rows(1, layer, length + 4)[0].clone() for layer in range(6)]
     loop.retire(torch.tensor([False, True, False]))
-    lengths = loop.pool.lengths.clone()
+    lengths = loop.lengths.clone()
     for _ in range(4):
         together, single = loop.step(tokens), solo.step(tokens[2:])
         torch.testing.assert_close(together[2:], single, atol=1e-4, rtol=0)
-    assert (loop.pool.lengths - lengths).tolist() == [4, 0, 4]
+    assert (loop.lengths - lengths).tolist() == [[4, 0, 4]]
     for layer, rows in enumerate(before):
-        assert torch.equal(loop.pool.rows(1, layer, length + 4)[0], rows)
+        assert torch.equal(lease.rows(1, layer, length + 4)[0], rows)
 
 
 @torch.no_grad()
@@ -215,7 +213,7 @@ def test_recorded_steps_with_8_bit_weights(either):
     loops = []
     for record in (True, False):
         state = either.prefill(**batch, max_new_tokens=8)._state
-        loops.append(DecodeLoop(decoder, state.pool, state.batch.next_positions, 8, record=record))
+        loops.append(DecodeLoop(decoder, state.leases, state.next_positions, 8, record=record))
     tokens = torch.tensor([3, 4, 5])
     for _ in range(8):
         logits, expected = (loop.step(tokens) for loop in loops)

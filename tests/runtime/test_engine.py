@@ -24,7 +24,7 @@ from .test_pool import FakeMemory, bytes_of
 
 
 def kinds(model, kind):
-    """(lanes, width) of captured steps, or (lanes, what it can do) of captured choices, oldest first."""
+    """(lanes, widths) of captured steps, or (lanes, what it can do) of captured choices, oldest first."""
     return [key[1:3] for key in model.engine.graphs._held if key[0] == kind]
 
 
@@ -38,7 +38,7 @@ def test_a_warm_up_captures_the_largest_first_and_calls_replay_it(model):
             batch_sizes=[1, 4, 2], tokens=70, max_new_tokens=4, progress=lambda *at: seen.append(at)
         )
         assert seen == [(0, 3), (1, 3), (2, 3), (3, 3)]
-        assert kinds(gpu, "step") == [(4, 8), (2, 8), (1, 8)]
+        assert kinds(gpu, "step") == [(4, (8,)), (2, (8,)), (1, (8,))]
         assert [lanes for lanes, _ in kinds(gpu, "pick")] == [4, 2, 1]
         assert report.graphs == len(gpu.engine.graphs) == 6 and report.seconds > 0
         assert report.kv_rows == gpu.engine.pool.blocks * 32 >= 4 * 70
@@ -56,7 +56,12 @@ def test_a_warm_up_with_a_prompt_makes_the_calls_themselves(model):
     with device() as here:
         gpu = here.model(capture=TapeCapture())
         report = gpu.warmup(alone[0], batch_sizes=[2, 1], max_new_tokens=300, **options)
-        assert kinds(gpu, "step") == [(2, 16), (2, 8), (1, 16), (1, 8)]  # 300 new rows are more than 8 blocks
+        assert kinds(gpu, "step") == [
+            (2, (16,)),
+            (2, (8,)),
+            (1, (16,)),
+            (1, (8,)),
+        ]  # 300 new rows are more than 8 blocks
         assert all(kind.sample and kind.top_k == 5 for _, kind in kinds(gpu, "pick"))
         held = len(gpu.engine.graphs)
         assert report.graphs == held > 4  # layers behind the stage too

@@ -138,12 +138,10 @@ def test_steps_are_those_of_the_cpu_over_block_and_chunk_borders(model, monkeypa
                 cpu.retire(finished), loop.retire(finished.to("cuda"))
         with pytest.raises(GlimpseError, match="pool is full"):
             loop.step(tokens.to("cuda"))
-        for row, length in enumerate(cpu_state.pool.lengths.tolist()):
+        for row, length in enumerate(cpu.lengths[0].tolist()):
             for layer in range(6):
-                for a, b in zip(
-                    state.pool.rows(row, layer, length), cpu_state.pool.rows(row, layer, length), strict=True
-                ):
-                    torch.testing.assert_close(a.cpu(), b, atol=2e-5, rtol=0)
+                a, b = (torch.stack(s.leases[0].rows(row, layer, length)) for s in (state, cpu_state))
+                torch.testing.assert_close(a.cpu(), b, atol=2e-5, rtol=0)
 
 
 @torch.no_grad()
@@ -152,16 +150,17 @@ def test_what_a_retired_row_left_is_not_touched():
     with device() as here:
         model = here.model(capture=TapeCapture())
         state = model.prefill(**batch, max_new_tokens=8)._state
-        loop = DeviceLoop(model.engine, state.pool, state.batch.next_positions, 8)
+        loop = DeviceLoop(model.engine, state.leases, state.next_positions, 8)
         tokens = torch.tensor([3, 4, 5], device="cuda")
         loop.step(tokens)
         loop.retire(torch.tensor([False, True, False], device="cuda"))
-        before = state.pool.pool.k.clone(), state.pool.pool.v.clone()
+        (lease,) = state.leases
+        before = lease.pool.k.clone(), lease.pool.v.clone()
         for _ in range(3):
             loop.step(tokens)
-        mine = state.pool.block_table[1, : state.pool.capacities[1] // BLOCK_SIZE].cpu().long()
-        others = state.pool.block_table[0, :1].cpu().long()
-        for now, then in zip((state.pool.pool.k, state.pool.pool.v), before, strict=True):
+        mine = lease.block_table[1, : lease.capacities[1] // BLOCK_SIZE].cpu().long()
+        others = lease.block_table[0, :1].cpu().long()
+        for now, then in zip((lease.pool.k, lease.pool.v), before, strict=True):
             assert torch.equal(now.cpu()[:, mine], then.cpu()[:, mine])
             assert not torch.equal(now.cpu()[:, others], then.cpu()[:, others])
 
@@ -184,10 +183,10 @@ def test_captured_for_a_short_batch_replayed_for_longer_ones_elsewhere_in_the_po
             assert torch.equal(tokens.cpu(), expected[0])
             torch.testing.assert_close(logits.cpu(), expected[1], atol=2e-5, rtol=0)
             keys |= {key for key in ours.engine.graphs._held if key[0] == "step"}
-        assert len({result._state.pool.first for result in held}) == len(batches)
+        assert len({result._state.leases[0].first for result in held}) == len(batches)
         assert len(keys) == 1
-        count, width = next(iter(keys))[1:3]
-        assert (count, width) == (4, LEAST_WIDTH)
+        count, widths = next(iter(keys))[1:3]
+        assert (count, widths) == (4, (LEAST_WIDTH,))
 
 
 @torch.no_grad()
@@ -198,7 +197,7 @@ def test_a_batch_that_stands_in_the_way_of_another_one(model):
         ours = here.model(capture=TapeCapture())
         ours.engine = roomy(ours)
         states = [ours.prefill(**inputs, max_new_tokens=4)._state for inputs in alone]
-        first, second = (DeviceLoop(ours.engine, s.pool, s.batch.next_positions, 4) for s in states)
+        first, second = (DeviceLoop(ours.engine, s.leases, s.next_positions, 4) for s in states)
         wanted = [model.prefill(**inputs, max_new_tokens=4).decode(4)[0] for inputs in alone]
         tokens = [[s.last_logits.argmax(-1)] for s in states]
         for _ in range(3):
@@ -208,7 +207,7 @@ def test_a_batch_that_stands_in_the_way_of_another_one(model):
             assert torch.stack(made, 1).tolist() == expected.tolist()
         assert sum(key[0] == "step" for key in ours.engine.graphs._held) == 1
         first.close(), second.close()
-        third = DeviceLoop(ours.engine, states[0].pool, states[0].batch.next_positions, 5)
+        third = DeviceLoop(ours.engine, states[0].leases, states[0].next_positions, 5)
         assert third._station is first._station
 
 
@@ -219,12 +218,12 @@ def test_a_batch_whose_pool_was_replaced_goes_on_there(model):
         ours = here.model(capture=TapeCapture())
         first = ours.prefill(**short, max_new_tokens=5)
         second = ours.prefill(**long, max_new_tokens=5)
-        assert first._state.pool.pool is not second._state.pool.pool
+        assert first._state.leases[0].pool is not second._state.leases[0].pool
         for result, inputs in ((first, short), (second, long)):
             expected = model.prefill(**inputs, max_new_tokens=5).decode(5)[0]
             assert torch.equal(result.decode(5)[0].cpu(), expected)
         generations = {key[3] for key in ours.engine.graphs._held if key[0] == "step"}
-        assert generations == {second._state.pool.pool.generation}
+        assert generations == {second._state.leases[0].pool.generation}
 
 
 @torch.no_grad()
@@ -235,6 +234,6 @@ def test_decoding_from_nothing_is_possible_for_a_warm_up():
         lease = engine.lease([100, 7])
         nowhere = torch.zeros(3, 2, dtype=torch.int64, device="cuda")
         logits = torch.zeros(2, 640, device="cuda")
-        loop = DeviceLoop(engine, lease, nowhere, 4)
+        loop = DeviceLoop(engine, [lease], [nowhere], 4)
         assert [len(tokens) for tokens in loop.tokens(logits, Choice(), 4)] == [2] * 4
-        assert ("step", 2, LEAST_WIDTH, engine.pool.generation) in engine.graphs
+        assert ("step", 2, (LEAST_WIDTH,), engine.pool.generation, (range(6),)) in engine.graphs

@@ -32,7 +32,7 @@ def pins() -> dict[str, list[Requirement]]:
 def asked() -> list[Requirement]:
     """Every requirement of pyproject.toml (read without tomllib, which Python 3.10 lacks)."""
     text = (ROOT / "pyproject.toml").read_text()
-    names = ("dependencies", "test", "train", "triton", "dev", "requires")
+    names = ("dependencies", "test", "train", "compare", "triton", "dev", "requires")
     lists = [re.search(rf"^{name} = \[(.*?)\]$", text, re.S | re.M) for name in names]
     assert all(lists)
     quoted = [item for found in lists if found for item in re.findall(r'"([^"]+)"', found.group(1))]

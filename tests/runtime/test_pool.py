@@ -21,39 +21,56 @@ from tests.graph_tape import TapeCapture
 from .conftest import GOLDEN, make_batch
 from .on_stand_in import Device, device
 
+ALL = range(4)
+
 
 def test_runs_are_given_out_first_fit_and_joined_again():
     runs = Runs(10)
-    assert [runs.take(n) for n in (3, 4, 2)] == [0, 3, 7]
-    assert (runs.free, runs.longest, runs.take(2)) == (1, 1, None)
-    runs.give_back(0, 3)
+    assert [runs.take(n, ALL) for n in (3, 4, 2)] == [0, 3, 7]
+    assert (runs.free, runs.longest, runs.take(2, ALL)) == (1, 1, None)
+    runs.give_back(0, 3, ALL)
     assert (runs.free, runs.longest) == (4, 3)
-    assert runs.take(1) == 0 and runs.take(2) == 1 and runs.take(1) == 9
+    assert runs.take(1, ALL) == 0 and runs.take(2, ALL) == 1 and runs.take(1, ALL) == 9
     for first, count in ((3, 4), (0, 1), (9, 1), (1, 2), (7, 2)):
-        runs.give_back(first, count)
-    assert (runs.free, runs.longest, runs.take(10)) == (10, 10, 0)
-    assert Runs(0).take(1) is None and Runs(0).longest == 0
+        runs.give_back(first, count, ALL)
+    assert (runs.free, runs.longest, runs.take(10, ALL)) == (10, 10, 0)
+    assert Runs(0).take(1, ALL) is None and Runs(0).longest == 0
 
 
-def test_runs_never_overlap():
-    """Against a list that says of every block who has it."""
-    rng = random.Random(5)
-    runs, owner = Runs(64), [None] * 64
+def test_other_layers_have_the_same_blocks():
+    runs = Runs(10)
+    assert runs.take(6, range(0, 2)) == 0 and runs.take(4, range(2, 4)) == 0
+    assert (runs.free, runs.longest) == (4, 4)  # that nobody has at all
+    assert runs.take(5, range(2, 3)) == 4 and runs.take(5, range(1, 4)) is None
+    assert runs.take(6, range(3, 4)) == 4 and runs.free == 0
+    runs.give_back(0, 4, range(2, 4))
+    assert runs.take(3, range(3, 4)) == 0 and runs.take(5, range(2, 3)) is None
+    assert runs.take(1, range(2, 4)) == 3
+
+
+@pytest.mark.parametrize("layers", [1, 2, 5])
+def test_runs_never_overlap(layers):
+    """Against a grid that says of every block in every layer who has it."""
+    rng = random.Random(layers)
+    runs, owner = Runs(40), torch.zeros(layers, 40, dtype=torch.int64)
     held = {}
-    for turn in range(2000):
+    for turn in range(1, 1500):
         if held and rng.random() < 0.5:
-            first, count = held.pop(rng.choice(list(held)))
-            owner[first : first + count] = [None] * count
-            runs.give_back(first, count)
+            first, count, own = held.pop(rng.choice(list(held)))
+            owner[own.start : own.stop, first : first + count] = 0
+            runs.give_back(first, count, own)
         else:
-            count = rng.randint(1, 20)
-            first = runs.take(count)
-            fits = [i for i in range(65 - count) if not any(owner[i : i + count])]
+            bounds = sorted((rng.randrange(layers), rng.randrange(layers)))
+            own, count = range(bounds[0], bounds[1] + 1), rng.randint(1, 14)
+            rows = owner[own.start : own.stop]
+            fits = [i for i in range(41 - count) if not rows[:, i : i + count].any()]
+            first = runs.take(count, own)
             assert first == (fits[0] if fits else None)
             if first is not None:
-                owner[first : first + count] = [turn + 1] * count
-                held[turn] = first, count
-        assert runs.free == owner.count(None)
+                rows[:, first : first + count] = turn
+                held[turn] = first, count, own
+        free = "".join("x" if column else " " for column in owner.any(0).tolist())
+        assert runs.free == free.count(" ") and runs.longest == max(map(len, free.split("x")))
 
 
 def pool_of(model, blocks):
@@ -81,6 +98,53 @@ def test_a_lease_is_a_pool_of_its_own_to_prefill_and_a_part_of_the_pool_to_decod
     wide, _ = lease.window(7 * BLOCK_SIZE)
     assert wide.shape[1] == 7 * BLOCK_SIZE and wide.data_ptr() == lease.k_slots.data_ptr()
     assert lease.window(10**6)[0].shape[1] == 10 * BLOCK_SIZE
+
+
+def test_segments_of_a_batch_lie_beside_each_other(model):
+    """Of different lengths in different layers; each reads and writes its own layers only."""
+    pool = pool_of(model, 8)
+    segments = [(range(0, 2), [70, 40]), (range(2, 5), [33, 5]), (range(5, 6), [90, 1])]
+    leases = pool.lease_all(segments)
+    assert [lease.first for lease in leases] == [0, 0, 0] and pool.runs.free == 3
+    assert [lease.capacities for lease in leases] == [(96, 64), (64, 32), (96, 32)]
+    pool.k.zero_(), pool.v.zero_()
+    for number, lease in enumerate(leases, start=1):
+        for row in range(2):
+            for layer in lease.layers:
+                keys, values = lease.rows(row, layer, segments[number - 1][1][row])
+                assert not keys.any() and not values.any()
+                keys.fill_(number + 10 * layer + 100 * row), values.fill_(-number)
+    for number, (lease, (layers, rows)) in enumerate(zip(leases, segments, strict=True), start=1):
+        assert lease.layers == layers and lease.k_slots.shape[0] == len(layers)
+        for layer in layers:
+            assert lease.keys(layer).data_ptr() == lease.k_slots[layer - layers.start].data_ptr()
+            assert lease.values(layer).data_ptr() == lease.v_slots[layer - layers.start].data_ptr()
+            for row, count in enumerate(rows):
+                at = int(lease.starts[row])
+                assert (lease.keys(layer)[at : at + count] == number + 10 * layer + 100 * row).all()
+                table = lease.block_table[row].long()
+                assert pool.layer(layer)[1][table].flatten(0, 1)[:count].eq(-number).all()
+        for other in set(range(6)) - set(layers):
+            with pytest.raises(ValueError, match="not in range"):
+                lease.rows(0, other, 1)
+    assert pool.lease([4 * BLOCK_SIZE]) is None and pool.lease([4 * BLOCK_SIZE], range(2, 5)).first == 3
+    last = leases[2]
+    assert last.window(7 * BLOCK_SIZE)[1].shape[:2] == (1, 7 * BLOCK_SIZE)
+
+
+def test_segments_fit_together_or_not_at_all(model):
+    pool = pool_of(model, 4)
+    first = pool.lease([64], range(3, 6))
+    assert pool.lease_all([(range(0, 3), [128]), (range(3, 6), [96])]) is None
+    assert pool.runs.free == 2
+    both = pool.lease_all([(range(0, 3), [128]), (range(3, 6), [64])])
+    assert [lease.first for lease in both] == [0, 2] and first.first == 0
+    for wrong in (range(0), range(5, 7), range(-1, 3), range(0, 4, 2)):
+        with pytest.raises(glimpse.GlimpseError, match="expected layers of range"):
+            pool.lease_all([(range(0, 1), [1]), (wrong, [1])])
+    del both
+    first.release()
+    assert pool.runs.free == 4
 
 
 def test_slots_of_a_wider_table_are_the_same():
@@ -114,6 +178,16 @@ def test_a_cpu_has_what_a_call_needs_and_no_more(model):
     lease = engine.lease([40, 3])
     assert lease.pool.blocks == 3 and lease.first == 0 and engine.pool is None
     assert engine.lease([32]).pool is not lease.pool
+    early, late = engine.lease_all([(range(0, 2), [70, 3]), (range(2, 6), [33, 3])])
+    assert (early.pool.k.shape[:2], late.pool.k.shape[:2]) == ((2, 4), (4, 3))
+    for lease in (early, late):
+        for layer in lease.layers:
+            lease.rows(1, layer, 3)[0].fill_(layer)
+            lease.rows(1, layer, 3)[1].fill_(-layer)
+            assert lease.pool.layer(layer)[0][lease.block_table[1, 0], :3].eq(layer).all()
+            assert lease.values(layer)[lease.starts[1] :][:3].eq(-layer).all()
+    with pytest.raises(ValueError, match="not in range"):
+        late.pool.layer(1)
 
 
 class FakeMemory:
@@ -160,6 +234,32 @@ def test_the_pool_grows_to_powers_of_two_and_old_leases_keep_theirs():
         assert not engine.captures(third)  # there is nothing to capture with
         first.release(), second.release(), third.release()
         assert engine.lease([16 * BLOCK_SIZE]).pool is third.pool
+
+
+def test_a_pool_grows_once_for_all_segments_of_a_batch():
+    """One by one the second one would go to another pool, where no step of both could be captured."""
+    segments = [(range(0, 2), [5 * BLOCK_SIZE]), (range(2, 4), [3 * BLOCK_SIZE]), (range(4, 6), [1, 1])]
+    with device() as here:
+        engine = on_gpu(here).engine
+        old = engine.lease([BLOCK_SIZE])
+        leases = engine.lease_all(segments)
+        assert {lease.pool for lease in leases} == {engine.pool} and engine.pool is not old.pool
+        assert engine.pool.blocks == 8  # with the one in use: 6, not 5 + 3 + 2
+        assert [lease.first for lease in leases] == [0, 0, 0]
+        again = engine.lease_all(segments[2:])  # beside them
+        assert again[0].pool is engine.pool and again[0].first == 2
+        assert engine.lease([BLOCK_SIZE], range(3, 5)).first == 4
+        with engine.call():
+            inner = engine.lease_all(segments[1:])
+        assert all(lease.released for lease in inner) and not leases[0].released
+        assert engine.pool.runs.free == 3
+    memory = FakeMemory(bytes_of(5))
+    with device() as here:
+        engine = on_gpu(here, memory=memory).engine
+        assert engine.lease_all(segments)[1].pool.blocks == 5  # what they need together
+        bounded = on_gpu(here, kv_bytes=bytes_of(4)).engine
+        with pytest.raises(glimpse.GlimpseError, match="160 rows .* asked, 128 rows"):
+            bounded.lease_all(segments)
 
 
 def test_growing_drops_what_was_captured_on_the_old_pool():
@@ -254,10 +354,14 @@ def test_a_call_gives_its_room_back_whatever_happens():
 
 def test_the_pool_of_a_call_is_gone_after_it_on_a_cpu(model, monkeypatch):
     made = []
-    lease = Engine.lease
-    monkeypatch.setattr(
-        Engine, "lease", lambda self, rows: made.append(weakref.ref(it := lease(self, rows))) or it
-    )
+    lease = Engine.lease_all
+
+    def noted(self, segments):
+        leases = lease(self, segments)
+        made.extend(map(weakref.ref, leases))
+        return leases
+
+    monkeypatch.setattr(Engine, "lease_all", noted)
     batch, _ = make_batch([[5, (3, 5), 7]])
     model.generate(**batch, max_new_tokens=2)
     gc.collect()

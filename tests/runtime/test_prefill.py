@@ -140,12 +140,12 @@ def test_memory_is_kept_for_the_next_prompt() -> None:
         assert memory.kept == 0
         ours.prefill(**batch)
         kept = memory.kept
-        pieces = {name: piece.held.data_ptr() for name, piece in memory._idle._kept.items()}
+        pieces = {piece.held.data_ptr() for piece in memory._idle._kept.values()}
         assert kept > 0
         for inputs in (short, batch):
             ours.prefill(**inputs)
             assert memory.kept == kept
-            assert pieces == {name: piece.held.data_ptr() for name, piece in memory._idle._kept.items()}
+            assert pieces == {piece.held.data_ptr() for piece in memory._idle._kept.values()}
 
 
 def test_a_prompt_beyond_the_limit_has_memory_of_its_own(model: glimpse.GlimpseModel) -> None:

@@ -12,6 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
+from glimpse_runtime import plans
 from glimpse_runtime.prefill import Prefill
 from glimpse_runtime.workspace import PrefillMemory
 from tests import stand_in
@@ -99,3 +100,23 @@ def test_a_pruned_prompt_needs_no_more_than_an_unpruned_one(limit: int) -> None:
     plain = most({"plan": None}, limit)
     for ratio in (0.074, 0.22):
         assert most({"threshold": 0.0, "max_remain_ratio": ratio}, limit) < plain
+
+
+LISTS = 1.001
+"""Numbers of rows, a thousandth of what the rows themselves hold."""
+
+OTHERS = {
+    "fastv": plans.fastv(3, 0.9),
+    "pyramiddrop": plans.pyramiddrop(layers=(1, 3, 4)),
+    "vscan": plans.vscan(0.5),
+    "visionzip": plans.visionzip(0.4, 0.1),
+    "divprune": plans.divprune(0.3),
+}
+
+
+@pytest.mark.parametrize("limit", [0, 1 << 30], ids=["nothing is kept", "everything is kept"])
+def test_nor_do_other_methods(limit: int) -> None:
+    """Those that keep all keys of the layers before their stages too."""
+    plain = most({"plan": None}, limit)
+    for name, plan in OTHERS.items():
+        assert most({"plan": plan}, limit) <= LISTS * plain, name

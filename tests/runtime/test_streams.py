@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from glimpse_runtime import prefill
+from glimpse_runtime.all_rows import AllRows
 from glimpse_runtime.model import GlimpseModel
 from glimpse_runtime.streams import Pending, SideStream
 
@@ -160,7 +161,7 @@ def test_prefill_forks_before_its_layers_and_joins_before_the_score(
 ) -> None:
     streams, scorer = FakeStreams(), model.plan.stages[0].score
     kind = type(scorer)
-    prepare, score, enter = kind.prepare, kind.score, prefill.Prefill._enter
+    prepare, score, enter = kind.prepare, kind.score, AllRows._enter
 
     def logged(name: str, do: Any) -> Any:
         def run(*args: Any) -> Any:
@@ -171,7 +172,7 @@ def test_prefill_forks_before_its_layers_and_joins_before_the_score(
 
     monkeypatch.setattr(kind, "prepare", logged("prepare", prepare))
     monkeypatch.setattr(kind, "score", logged("score", score))
-    monkeypatch.setattr(prefill.Prefill, "_enter", logged("layer", enter))
+    monkeypatch.setattr(AllRows, "_enter", logged("layer", enter))
     monkeypatch.setattr(prefill, "SideStream", lambda device: SideStream(CUDA, streams))
     plain = golden_inputs("square_8x8")
     model.generate(**plain, max_new_tokens=1)

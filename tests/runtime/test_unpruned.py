@@ -32,6 +32,7 @@ def test_logits_and_tokens_of_the_recorded_plain_runs(model, golden_inputs, name
 def test_vision_tower_and_positions(model, golden_inputs, name):
     from glimpse_runtime.models.qwen2_5_vl.inputs import pack, read_grids
     from glimpse_runtime.models.qwen2_5_vl.layout import vision_layout
+    from glimpse_runtime.taps import VisionTaps
 
     stored, inputs = np.load(GOLDEN / f"inputs_{name}.npz"), golden_inputs(name)
     config = model.base.config
@@ -40,10 +41,10 @@ def test_vision_tower_and_positions(model, golden_inputs, name):
     np.testing.assert_array_equal(layout.token_order, stored["window_index"])
     np.testing.assert_array_equal(layout.cu_frames, stored["cu_seqlens"])
     np.testing.assert_array_equal(layout.cu_windows, stored["cu_window_seqlens"])
-    out = model.base.vision(inputs["pixel_values"], layout, taps=(0, 1, 2, 3))
+    out = model.base.vision(inputs["pixel_values"], layout, VisionTaps(hidden=(0, 1, 2, -1)))
     np.testing.assert_allclose(out.embeds, stored["image_embeds"], atol=1e-5)
-    for block in range(4):
-        np.testing.assert_allclose(out.taps[block], stored[f"vis_hidden_{block}"], atol=1e-5)
+    for block, asked in enumerate((0, 1, 2, -1)):
+        np.testing.assert_allclose(out.hidden[asked], stored[f"vis_hidden_{block}"], atol=1e-5)
     batch = pack(inputs["input_ids"], inputs["attention_mask"], grids, [], config, device=torch.device("cpu"))
     mask = stored["attention_mask"].astype(bool)
     np.testing.assert_array_equal(batch.positions, stored["position_ids"][:, mask])

@@ -23,6 +23,7 @@ typedef struct glimpse_drop_duplicates_params {
   glimpse_dtype dtype;
 } glimpse_drop_duplicates_params;
 
+GLIMPSE_API glimpse_status glimpse_drop_duplicates(const glimpse_drop_duplicates_params* p);
 GLIMPSE_API glimpse_status glimpse_cuda_drop_duplicates(const glimpse_drop_duplicates_params* p, const glimpse_cuda_call* call);
 GLIMPSE_API size_t glimpse_cuda_drop_duplicates_workspace(const glimpse_drop_duplicates_params* p); /* sizes alone are read */
 

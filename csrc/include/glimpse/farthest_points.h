@@ -22,6 +22,7 @@ typedef struct glimpse_farthest_points_params {
   glimpse_dtype dtype;
 } glimpse_farthest_points_params;
 
+GLIMPSE_API glimpse_status glimpse_farthest_points(const glimpse_farthest_points_params* p);
 GLIMPSE_API glimpse_status glimpse_cuda_farthest_points(const glimpse_farthest_points_params* p, const glimpse_cuda_call* call);
 GLIMPSE_API size_t glimpse_cuda_farthest_points_workspace(const glimpse_farthest_points_params* p); /* sizes alone are read */
 

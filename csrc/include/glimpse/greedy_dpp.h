@@ -22,6 +22,7 @@ typedef struct glimpse_greedy_dpp_params {
   float eps;
 } glimpse_greedy_dpp_params;
 
+GLIMPSE_API glimpse_status glimpse_greedy_dpp(const glimpse_greedy_dpp_params* p);
 GLIMPSE_API glimpse_status glimpse_cuda_greedy_dpp(const glimpse_greedy_dpp_params* p, const glimpse_cuda_call* call);
 GLIMPSE_API size_t glimpse_cuda_greedy_dpp_workspace(const glimpse_greedy_dpp_params* p); /* sizes alone are read */
 

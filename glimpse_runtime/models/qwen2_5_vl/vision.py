@@ -4,8 +4,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,6 +14,8 @@ from glimpse_kernels import attention, rms_norm, rope
 from glimpse_runtime.models.qwen2_5_vl.config import VisionConfig
 from glimpse_runtime.models.qwen2_5_vl.layout import Grid, VisionLayout, vision_layout
 from glimpse_runtime.models.qwen2_5_vl.linear import GatedLinear, Linear, mlp, mlp_rows
+from glimpse_runtime.models.qwen2_5_vl.tapping import Tapping
+from glimpse_runtime.taps import NO_TAPS, Received, VisionTaps
 
 MOST_PATCHES = 1 << 17
 """Patches that go through the tower together on a GPU, unless a single picture or video has more."""
@@ -32,15 +35,32 @@ class VisionBlock:
 
 @dataclass(frozen=True)
 class VisionOutput:
-    """What the tower gives.
+    """What the tower gives, all in raster order. Taps have the names they were asked for by; two names of one thing share it.
 
     Attributes:
-        embeds: `[N, text width]` visual tokens for the decoder, raster order.
-        taps: block number → `[N, vision width]`, the block's output averaged over each merge group, raster order.
+        embeds: `[N, text width]` visual tokens for the decoder.
+        hidden: block → `[N, vision width]`, the block's output averaged over each merge group.
+        received: tap → `[N]` fp32, the attention that each token receives. Over a picture, or a frame of a video, it sums
+            to the number of visual tokens.
+        keys: block → `[N, head_dim]` fp32, the block's rotated keys averaged over heads and over each merge group.
     """
 
     embeds: torch.Tensor
-    taps: dict[int, torch.Tensor]
+    hidden: dict[int, torch.Tensor]
+    received: dict[Received, torch.Tensor]
+    keys: dict[int, torch.Tensor]
+
+    def put(self, rows: slice, part: VisionOutput) -> None:
+        """Copy the tokens of one pass to where they belong."""
+        self.embeds[rows].copy_(part.embeds)
+        pairs: tuple[tuple[Mapping[Any, torch.Tensor], Mapping[Any, torch.Tensor]], ...] = (
+            (self.hidden, part.hidden),
+            (self.received, part.received),
+            (self.keys, part.keys),
+        )
+        for whole, some in pairs:
+            for name, tap in some.items():
+                whole[name][rows].copy_(tap)
 
 
 @dataclass(frozen=True)
@@ -108,58 +128,65 @@ class VisionTower:
         return self.merger_norm.dtype
 
     def __call__(
-        self, pixel_values: torch.Tensor, layout: VisionLayout, taps: Iterable[int] = ()
+        self, pixel_values: torch.Tensor, layout: VisionLayout, taps: VisionTaps = NO_TAPS
     ) -> VisionOutput:
         """Encode `pixel_values [P, patch_dim]` (any float dtype, processor order).
 
-        `taps` names the blocks whose pooled output is wanted. On a GPU many pictures go through in several passes: none of them
-        sees another one, and `MOST_PATCHES` keep it busy.
+        `taps` says what is wanted besides; the rest is not computed. On a GPU many pictures go through in several passes: none of
+        them sees another one, and `MOST_PATCHES` keep it busy.
+
+        Raises:
+            GlimpseError: a tap names a block that does not exist.
         """
-        wanted, passes = frozenset(taps), _passes(layout.grids)
-        if pixel_values.device.type == "cpu" or len(passes) == 1:
-            return self._encoded(pixel_values, layout, wanted)
-        width, unit, device = self.config.hidden_size, self.config.merge_unit, pixel_values.device
-        tokens = layout.patches // unit
-        whole = VisionOutput(
-            torch.empty(tokens, self.config.out_hidden_size, dtype=self.dtype, device=device),
-            {block: torch.empty(tokens, width, dtype=self.dtype, device=device) for block in wanted},
-        )
+        asked = taps.by_block(len(self.blocks), self.config.full_attention_blocks)
+        passes, device = _passes(layout.grids), pixel_values.device
+        if device.type == "cpu" or len(passes) == 1:
+            return self._encoded(pixel_values, layout, asked)
+        unit = self.config.merge_unit
+        whole = self._room(layout.patches // unit, taps, device)
         begin = 0
         for grids in passes:
             some = vision_layout(grids, self.config, device)
             end = begin + some.patches
-            part = self._encoded(pixel_values[begin:end], some, wanted)
-            rows = slice(begin // unit, end // unit)
-            whole.embeds[rows].copy_(part.embeds)
-            for block, tap in part.taps.items():
-                whole.taps[block][rows].copy_(tap)
+            part = self._encoded(pixel_values[begin:end], some, asked)
+            whole.put(slice(begin // unit, end // unit), part)
             begin = end
         return whole
 
+    def _room(self, tokens: int, taps: VisionTaps, device: torch.device) -> VisionOutput:
+        def room(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device=device)
+
+        config, exact = self.config, torch.float32
+        return VisionOutput(
+            embeds=room(tokens, config.out_hidden_size, dtype=self.dtype),
+            hidden={block: room(tokens, config.hidden_size, dtype=self.dtype) for block in taps.hidden},
+            received={tap: room(tokens, dtype=exact) for tap in taps.received},
+            keys={block: room(tokens, config.head_dim, dtype=exact) for block in taps.keys},
+        )
+
     def _encoded(
-        self, pixel_values: torch.Tensor, layout: VisionLayout, wanted: frozenset[int]
+        self, pixel_values: torch.Tensor, layout: VisionLayout, asked: Mapping[int, VisionTaps]
     ) -> VisionOutput:
-        found: dict[int, torch.Tensor] = {}
-        config = self.config
+        config, tapping = self.config, Tapping(asked, layout)
         hidden = self.patch_embed(pixel_values.to(self.dtype))
         hidden = hidden.index_select(0, layout.patch_order)
         into = _Buffers.allocate(config, hidden)
         delta: torch.Tensor | None = None
         for number, block in enumerate(self.blocks):
             x = self._normed(hidden, delta, block.norm1, into)
-            if number - 1 in wanted:  # the norm has just completed the stream of the block before
-                found[number - 1] = self._pool(hidden, layout)
-            full = number in config.full_attention_blocks
-            delta = block.proj(self._attend(block, x, layout, full, into), out=into.delta)
+            tapping.see_stream(number - 1, hidden)  # the norm has just completed it
+            delta = block.proj(self._attend(number, x, layout, into, tapping), out=into.delta)
             x = self._normed(hidden, delta, block.norm2, into)
             delta = mlp(block.gated, block.down, x, into.inner, into.delta)
         x = self._normed(hidden, delta, self.merger_norm, into)
-        if len(self.blocks) - 1 in wanted:
-            found[len(self.blocks) - 1] = self._pool(hidden, layout)
+        tapping.see_stream(len(self.blocks) - 1, hidden)
         merged = self.merger_out(
             self.merger_in(x.view(-1, x.shape[-1] * config.merge_unit), activation="gelu")
         )
-        return VisionOutput(merged.index_select(0, layout.token_rank), found)
+        return VisionOutput(
+            merged.index_select(0, layout.token_rank), tapping.hidden, tapping.received, tapping.keys
+        )
 
     def _normed(
         self, hidden: torch.Tensor, delta: torch.Tensor | None, weight: torch.Tensor, into: _Buffers
@@ -170,17 +197,23 @@ class VisionTower:
         return rms_norm(delta, weight, self.config.eps, residual=hidden, out=into.x)
 
     def _attend(
-        self, block: VisionBlock, x: torch.Tensor, layout: VisionLayout, full: bool, into: _Buffers
+        self, number: int, x: torch.Tensor, layout: VisionLayout, into: _Buffers, tapping: Tapping
     ) -> torch.Tensor:
+        """The attention of a block on its normed input `x [P, width]`, which is gone afterwards."""
         config = self.config
+        full = number in config.full_attention_blocks
         cu = layout.cu_frames if full else layout.cu_windows
         longest = layout.longest_frame if full else layout.longest_window
-        qkv = block.qkv(x, out=into.qkv)
+        qkv = self.blocks[number].qkv(x, out=into.qkv)
         q, k, v = qkv.view(-1, 3, config.num_heads, config.head_dim).unbind(1)
         rope(q, k, *layout.rotary)
-        attended = attention(q, k, v, cu, cu, causal=False, max_seqlen_q=longest, out=into.attended)
+        tapping.see_keys(number, k)
+        attended = into.attended
+        if tapping.reads_attention(number):
+            _, lse = attention(
+                q, k, v, cu, cu, causal=False, max_seqlen_q=longest, out=attended, return_lse=True
+            )
+            tapping.see_attention(number, q, k, v, lse, cu, longest, spare=x.view(attended.shape))
+        else:
+            attention(q, k, v, cu, cu, causal=False, max_seqlen_q=longest, out=attended)
         return attended.view(-1, config.hidden_size)
-
-    def _pool(self, hidden: torch.Tensor, layout: VisionLayout) -> torch.Tensor:
-        pooled = hidden.view(-1, self.config.merge_unit, hidden.shape[-1]).mean(dim=1)
-        return pooled.index_select(0, layout.token_rank)
