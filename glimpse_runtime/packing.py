@@ -190,6 +190,11 @@ class PackedBatch:
         return self.visual_rows.shape[0]
 
     @property
+    def picture_bounds(self) -> torch.Tensor:
+        """`[P + 1]` int32 on the host: first visual token of each picture, and the number of all."""
+        return torch.tensor([0, *(p.stop for p in self.pictures)], dtype=torch.int32, device="cpu")
+
+    @property
     def last_visual(self) -> tuple[int, ...]:
         """Visual tokens with which a prompt ends."""
         return tuple(self.pictures[number].stop - 1 for number in self.ending)
@@ -198,3 +203,9 @@ class PackedBatch:
         """A sequence, for budgets that depend on it."""
         grids = tuple((p.height, p.width) for p in self.pictures if p.row == row)
         return Prompt(tuple(self.prompts[row].tolist()), grids)
+
+
+def rows_and_sequences(cu_seqlens: torch.Tensor, rows: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """`[rows]` int32 number of each packed row, and the sequence that it is in; behind the last one: the last."""
+    row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens.device)
+    return row, torch.bucketize(row, cu_seqlens[1:], right=True).clamp_(max=cu_seqlens.shape[0] - 2)

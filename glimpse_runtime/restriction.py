@@ -13,7 +13,7 @@ import torch
 
 from glimpse_kernels import Selection
 from glimpse_runtime.models.qwen2_5_vl.layout import VisionLayout
-from glimpse_runtime.packing import PackedBatch, Picture
+from glimpse_runtime.packing import PackedBatch, Picture, rows_and_sequences
 from glimpse_runtime.uploads import Arriving, lengths_of, upload
 
 
@@ -53,9 +53,8 @@ def shrunk(batch: PackedBatch, left: Sequence[int], *, probes: bool) -> PackedBa
 
 def counted(batch: PackedBatch, keep: torch.Tensor) -> list[int]:
     """How many tokens stay of each picture by `keep [N]` bool; that is waited for."""
-    bounds = torch.tensor([0, *(p.stop for p in batch.pictures)], dtype=torch.int32, device="cpu")
-    before = torch.cat([keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)])
-    return lengths_of(Arriving(before.index_select(0, upload(bounds, batch.device))))
+    bounds = upload(batch.picture_bounds, batch.device)
+    return lengths_of(Arriving(counts_before(keep).index_select(0, bounds)))
 
 
 def restricted(batch: PackedBatch, selection: Selection, left: Sequence[int], *, probes: bool) -> Restriction:
@@ -109,17 +108,20 @@ def restricted_layout(layout: VisionLayout, from_tower: torch.Tensor, batch: Pac
     now.index_copy_(0, from_tower, torch.arange(batch.num_visual, device=device))
     in_windows = keep.index_select(0, layout.token_order)
     order = now.index_select(0, layout.token_order.index_select(0, compacted(in_windows, batch.num_visual)))
-    before = torch.cat([in_windows.new_zeros(1, dtype=torch.int32), in_windows.cumsum(0, dtype=torch.int32)])
-    frames = torch.tensor([0, *(p.stop for p in batch.pictures)], dtype=torch.int32, device="cpu")
     return replace(
         layout,
         token_order=order,
         token_rank=torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=device)),
-        cu_token_frames=upload(frames, device),
-        cu_token_windows=before.index_select(0, layout.cu_token_windows),
+        cu_token_frames=upload(batch.picture_bounds, device),
+        cu_token_windows=counts_before(in_windows).index_select(0, layout.cu_token_windows),
         rows=layout.rows.index_select(0, from_tower),
         cols=layout.cols.index_select(0, from_tower),
     )
+
+
+def counts_before(keep: torch.Tensor) -> torch.Tensor:
+    """`[N + 1]` int32: how many of `keep [N]` are true before each place, and behind the last one in all."""
+    return torch.cat([keep.new_zeros(1, dtype=torch.int32), keep.cumsum(0, dtype=torch.int32)])
 
 
 def compacted(keep: torch.Tensor, count: int) -> torch.Tensor:
@@ -134,8 +136,7 @@ def compacted(keep: torch.Tensor, count: int) -> torch.Tensor:
 
 def renumbered(cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
     """`[3, rows]` int64 rotary positions that count from 0 in each sequence."""
-    row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens.device)
-    sequence = torch.bucketize(row, cu_seqlens[1:], right=True).clamp_(max=cu_seqlens.shape[0] - 2)
+    row, sequence = rows_and_sequences(cu_seqlens, rows)
     return (row - cu_seqlens.index_select(0, sequence)).long().expand(3, -1)
 
 

@@ -18,6 +18,7 @@ from glimpse_runtime.cache import KvLease
 from glimpse_runtime.engine import Engine
 from glimpse_runtime.graphs import bucket
 from glimpse_runtime.models.qwen2_5_vl.decoder import Buffers, Decoder, DecoderLayer, Stream
+from glimpse_runtime.packing import rows_and_sequences
 from glimpse_runtime.workspace import Scratch
 
 LEAST, LARGEST = 64, 2048
@@ -58,8 +59,7 @@ class Place:
 
     def slots(self, cu_seqlens: torch.Tensor, rows: int) -> torch.Tensor:
         """`[rows]` int32 slot of each packed row when sequence b holds rows `cu[b]..cu[b+1]`; -1 past the last one."""
-        row = torch.arange(rows, dtype=torch.int32, device=cu_seqlens.device)
-        sequence = torch.bucketize(row, cu_seqlens[1:], right=True).clamp_(max=self.starts.shape[0] - 1)
+        row, sequence = rows_and_sequences(cu_seqlens, rows)
         own = row + (self.starts - cu_seqlens[:-1]).index_select(0, sequence)
         return torch.where(row < cu_seqlens[-1], own, -1).to(torch.int32)
 

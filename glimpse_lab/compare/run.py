@@ -17,7 +17,7 @@ from glimpse_lab.compare import contenders as who
 from glimpse_lab.compare.answers import Answers
 from glimpse_lab.compare.asked import pictures as pictures_of
 from glimpse_lab.compare.memory import Memory
-from glimpse_lab.compare.page import generated, write_into
+from glimpse_lab.compare.page import BEGIN, END, generated, part_of, write_into
 from glimpse_lab.compare.plot import check_matplotlib, draw
 from glimpse_lab.compare.store import Store
 from glimpse_lab.compare.summary import summarise
@@ -223,8 +223,6 @@ def _work(
 
 
 def _between(page: Path) -> str:
-    from glimpse_lab.compare.page import BEGIN, END, part_of
-
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     return part_of(text) if BEGIN in text and END in text else ""
 

@@ -76,7 +76,7 @@ class RaterAttention(RowScorer):
         """`[n]` fp32 of one sequence's tokens. `rows [R + 1]` may rate, in the order of what was prepared."""
         counts = [view.pictures[number].tokens for number in pictures]
         tokens = slice(view.pictures[pictures[0]].start, view.pictures[pictures[-1]].stop)
-        (own,) = view.upload([at for at, n in enumerate(counts) for _ in range(n)])
+        own = view.token_pictures[tokens] - pictures[0]
         raters = torch.stack([view.prepared[number] for number in pictures])  # [pictures, R + 1]
         seen = view.batch.token_rows[tokens].long()
         received = self._received(view, keys, row, rows, seen, raters.T, own)

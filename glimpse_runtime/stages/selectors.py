@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from numbers import Real
 from typing import Literal
 
@@ -20,6 +21,7 @@ from glimpse_kernels import (
 )
 from glimpse_runtime.errors import GlimpseError
 from glimpse_runtime.packing import PackedBatch
+from glimpse_runtime.restriction import compacted, counts_before
 from glimpse_runtime.stages.ratios import check_flag
 from glimpse_runtime.stages.selection import Chosen, Selector
 from glimpse_runtime.stages.shares import Share, check_share
@@ -148,15 +150,14 @@ class BestAndDistinct(_ByShare):
             return Chosen(view.top(judged, counts))
         order = by_falling_score(judged, view)
         lists = [n - first for n, first in zip(view.lengths, best, strict=True)]
-        places = [
-            p.start + first + i
-            for p, first, n in zip(view.pictures, best, lists, strict=True)
-            for i in range(n)
-        ]
-        rest, cu_rest, targets = view.upload(
-            places, _offsets(lists), [count - first for count, first in zip(counts, best, strict=True)]
+        firsts, cu_rest, targets = view.upload(
+            [p.start + first for p, first in zip(view.pictures, best, strict=True)],
+            _offsets(lists),
+            [count - first for count, first in zip(counts, best, strict=True)],
         )
-        listed = order.index_select(0, rest)
+        place = torch.arange(len(order), dtype=torch.int32, device=view.device)
+        rest = place >= firsts.index_select(0, view.token_pictures)
+        listed = order.index_select(0, compacted(rest, sum(lists)))
         _, distinct = drop_duplicates(
             cosine_similarity(view.features, view.lengths),
             view.cu_seqlens,
@@ -212,11 +213,9 @@ class DominantAndContextual(Selector):
             max(1, (n - first) // max(1, second))
             for n, first, second in zip(view.lengths, dominant, contextual, strict=True)
         ]
-        picture, step, wanted = view.upload(
-            [number for number, n in enumerate(view.lengths) for _ in range(n)], steps, contextual
-        )
-        others = ~best
-        before = torch.cat([others.new_zeros(1, dtype=torch.int32), others.cumsum(0, dtype=torch.int32)])
+        step, wanted = view.upload(steps, contextual)
+        others, picture = ~best, view.token_pictures
+        before = counts_before(others)
         place = before[:-1] - before.index_select(0, view.cu_seqlens[:-1]).index_select(0, picture)
         step, wanted = step.index_select(0, picture), wanted.index_select(0, picture)
         targets = others & (place % step == 0) & (torch.div(place, step, rounding_mode="floor") < wanted)
@@ -285,12 +284,8 @@ def by_falling_score(scores: torch.Tensor, view: StageView) -> torch.Tensor:
     """`[N]` int64 tokens of each picture, the best first, the lower index first among equals; NaN is below everything."""
     lowered = torch.where(scores.isnan(), -math.inf, scores)
     order = lowered.argsort(descending=True, stable=True)
-    (picture,) = view.upload([number for number, n in enumerate(view.lengths) for _ in range(n)])
-    return order.index_select(0, picture.index_select(0, order).argsort(stable=True))
+    return order.index_select(0, view.token_pictures.index_select(0, order).argsort(stable=True))
 
 
 def _offsets(counts: Sequence[int]) -> list[int]:
-    offsets = [0]
-    for count in counts:
-        offsets.append(offsets[-1] + count)
-    return offsets
+    return list(accumulate(counts, initial=0))

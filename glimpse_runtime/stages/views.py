@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +20,7 @@ from glimpse_runtime.taps import Received
 from glimpse_runtime.uploads import upload, upload_together
 
 
-class StageView:
+class StageView(ABC):
     """The visual tokens of a batch, N of them in P pictures, in prompt order. Nothing here makes the host wait.
 
     Args:
@@ -56,9 +57,9 @@ class StageView:
         return max(self.lengths, default=0)
 
     @property
+    @abstractmethod
     def features(self) -> torch.Tensor:
         """`[N, width]`: what the tokens are at this place, in the model's dtype."""
-        raise NotImplementedError
 
     @property
     def text_lengths(self) -> list[int]:
@@ -80,9 +81,8 @@ class StageView:
 
     @cached_property
     def _sent(self) -> list[torch.Tensor]:
-        bounds = torch.tensor([0, *(p.stop for p in self.pictures)], dtype=torch.int32, device="cpu")
         grids = torch.tensor([[p.height, p.width] for p in self.pictures], dtype=torch.int32, device="cpu")
-        return upload_together([bounds, grids], self.device)
+        return upload_together([self.batch.picture_bounds, grids], self.device)
 
     @property
     def cu_seqlens(self) -> torch.Tensor:
@@ -93,6 +93,12 @@ class StageView:
     def grids(self) -> torch.Tensor:
         """`[P, 2]` int32 height and width of each picture's merged grid."""
         return self._sent[1]
+
+    @cached_property
+    def token_pictures(self) -> torch.Tensor:
+        """`[N]` int32 number of the picture that each token is of."""
+        tokens = torch.arange(self.batch.num_visual, dtype=torch.int32, device=self.device)
+        return torch.bucketize(tokens, self.cu_seqlens[1:], right=True, out_int32=True)
 
     def upload(self, *rows: Sequence[int], dtype: torch.dtype = torch.int32) -> list[torch.Tensor]:
         """Numbers of the host on the device, together."""
